@@ -1,0 +1,1018 @@
+"""The whole-solve kernel bodies: a block of trajectories, forward and backward, over Refs and lane vectors.
+
+A body is a function of Refs: one per operand, one per result, one per scratch buffer, each with the block's lanes as its
+last axis. It knows nothing about how it is run: `kernels/xla.py` discharges the Refs into XLA loops, other runners may take
+the traced jaxpr to machine code. Everything uniform in a block (attempt numbers, slots) is a scalar; everything else is a
+vector over lanes, and lanes never meet except in the loops' "is anyone still running" and, in the backward body, in the
+sums for shared operands.
+
+The forward body saves a milestone at the start of every segment. The backward body goes through the segments from the last
+to the first: restore the milestone, run the segment's attempts again while writing (t, h or 0, y) to scratch, then walk the
+scratch backwards, pulling the cotangent through one step at a time.
+
+Why the replay is the forward pass again. Two compilations may round differently, so nothing that is decided by a comparison
+is recomputed: accept/reject decisions are stored, one bit per attempt and lane. Step sizes are recomputed; relative to the
+tolerance, rounding changes the embedded error by eps/tol, hence h by about eps/tol, hence the local error (of size tol) by
+eps: rounding level, whatever the tolerance. What would *not* be at rounding level is an end of the replayed segment
+that misses the next milestone's time by h eps/tol, so the last accepted step of the segment is stretched to meet it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pykernels import schedule
+from pykernels.field import Field
+from pykernels.interpolation import dense_slopes, dense_weights, weighted_sum
+from pykernels.lanes import Lift, lift
+from pykernels.schedule import Record
+from pykernels.stepsize import Adaptive, Fixed, initial_step, limit, scaled_error, step_factor, two_sum
+from pykernels.tableau import ButcherTableau
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int32
+
+Pieces = list[Any]  # lane values of one pytree leaf or of several: a list of arrays whose last axis is the lane axis
+
+# Why a trajectory stopped; RUNNING never leaves a kernel.
+RUNNING, SUCCESS, MAX_STEPS, STEP_TOO_SMALL, NON_FINITE = -1, 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Everything static about a whole solve; hashable, the parameter of the solve primitives.
+
+    `lane[i]` tells whether input i has a lane axis. Inputs, in order: t0, t1, dt0 if `has_dt0`, the save times if `saves`,
+    the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`), `block` the
+    wanted number of lanes per block.
+    """
+
+    field: Field
+    method: ButcherTableau
+    step: Fixed | Adaptive
+    max_steps: int
+    has_dt0: bool
+    saves: int | None
+    kind: str
+    lane: tuple[bool, ...]
+    block: int
+
+    @property
+    def first_y(self) -> int:
+        return 2 + self.has_dt0 + (self.saves is not None)
+
+    @property
+    def first_operand(self) -> int:
+        return self.first_y + len(self.field.y_shapes)
+
+    @property
+    def adaptive(self) -> bool:
+        return isinstance(self.step, Adaptive)
+
+    def with_lanes(self, lane: Sequence[bool]) -> Solve:
+        return dataclasses.replace(self, lane=tuple(lane))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A result or scratch buffer of a kernel: its shape without lanes. `lanes` False: one partial sum per block."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    lanes: bool = True
+
+
+class State(NamedTuple):
+    """What an attempt carries from one to the next. None where the solve's kind of steps does not need it."""
+
+    t: Float[Array, " lanes"] | None
+    low: Float[Array, " lanes"] | None  # t + low is the time: compensated summation, no drift in float32
+    h: Float[Array, " lanes"] | None  # size of the next attempt, positive
+    memory: tuple[Float[Array, " lanes"], ...]  # the controller's
+    y: Pieces
+    k0: Pieces | None  # the first stage, carried when FSAL
+    status: Int32[Array, " lanes"] | None
+    attempts: Int32[Array, " lanes"] | None
+    accepted: Int32[Array, " lanes"] | None
+
+
+class Taken(NamedTuple):
+    """One attempt, for whoever saves values from it or differentiates it: from t by h (signed, 0 if not accepted)."""
+
+    t: Float[Array, " lanes"]
+    h: Float[Array, " lanes"]
+    end: Float[Array, " lanes"]
+    accepted: Bool[Array, " lanes"]
+    y: Pieces
+    stages: list[Pieces]
+    clipped: Bool[Array, " lanes"]  # h was t1 - t
+    slope: Float[Array, " lanes"]  # d(next h) / d(this h)
+
+
+def any_lane(mask: Bool[Array, " lanes"]) -> Bool[Array, ""]:
+    """Whether any lane of the block is set (a max of integers: the one reduction every runner has)."""
+    return jnp.max(mask.astype(jnp.int32)) > 0
+
+
+def is_finite(pieces: Pieces) -> Bool[Array, " lanes"]:
+    """Per lane, whether all elements are finite: the sum of x - x, which is 0 or NaN, costs no branches."""
+    return sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces) == 0
+
+
+class Method:
+    """A Runge-Kutta method on a lifted field: stages of one step, for values and for `jax.vjp`."""
+
+    def __init__(self, solve: Solve, *, differentiated: bool) -> None:
+        self.tableau = solve.method
+        count = 1 + len(solve.field.y_shapes)
+        lane = (*(True,) * count, *solve.lane[solve.first_operand :])
+        self.lift: Lift = lift(solve.field.jaxpr, lane, solve.kind, differentiated=differentiated)
+        self._counts = [len(self.lift.pieces(shape)) for shape in solve.field.y_shapes]
+
+    def field(self, t: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None) -> Pieces:
+        leaves, position = [], 0
+        for count in self._counts:
+            leaves.append(list(y[position : position + count]))
+            position += count
+        outputs = self.lift([[t], *leaves, *operands], mask)
+        return [piece for leaf in outputs for piece in leaf]
+
+    def step(
+        self, t: Array, h: Array, y: Pieces, k0: Pieces, operands: list[Pieces], mask: Array | None = None, *,
+        last: bool = True, dense: bool = False,
+    ) -> tuple[list[Pieces], Pieces]:
+        """Stages and new state of a step. `last` False leaves out the stage only an error or the next step needs."""
+        tableau = self.tableau
+        stages = [k0]
+        argument = y
+        for row, c in zip(tableau.a, tableau.c[1:], strict=True):
+            argument = _plus(y, h, weighted_sum(row, stages))
+            if tableau.fsal and len(stages) == tableau.stages - 1 and not (last or dense):
+                return stages, argument
+            stages.append(self.field(t + c * h, argument, operands, mask))
+        new = argument if tableau.fsal else _plus(y, h, weighted_sum(tableau.b, stages))
+        return (self.extend(stages, t, h, y, operands, mask) if dense else stages), new
+
+    def extend(
+        self, stages: list[Pieces], t: Array, h: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None
+    ) -> list[Pieces]:
+        """Append the stages that only the interpolant needs."""
+        stages = list(stages)
+        for row, c in zip(self.tableau.dense_a, self.tableau.dense_c, strict=True):
+            stages.append(self.field(t + c * h, _plus(y, h, weighted_sum(row, stages)), operands, mask))
+        return stages
+
+
+class Stepper:
+    """The arithmetic of attempts on one block: begin, attempt, and which lanes are still live."""
+
+    def __init__(self, solve: Solve, method: Method, t0: Array, t1: Array, dt0: Array | None, operands: list[Pieces]) -> None:
+        self.solve, self.method, self.t0, self.t1, self.dt0, self.operands = solve, method, t0, t1, dt0, operands
+        eps = float(np.finfo(solve.field.dtype).eps)
+        self.eps = eps
+        self.direction = jnp.where(t1 >= t0, jnp.ones_like(t0), -jnp.ones_like(t0))
+        # A step that would leave less than 100 ulp goes to the end: no tiny last intervals, as in diffrax.
+        self.sliver = 100 * eps * jnp.maximum(abs(t0), abs(t1))
+        if isinstance(solve.step, Fixed):
+            if solve.step.steps is not None:
+                self.h = (t1 - t0) / solve.step.steps
+                self.steps = None
+            else:
+                length = abs(t1 - t0)
+                self.h = self.direction * solve.step.size
+                # Rounding must not add a step for the sake of 1e-6 of one.
+                steps = jnp.ceil(length / solve.step.size - 1e-6)
+                finite = jnp.isfinite(steps)
+                bounded = jnp.minimum(jnp.where(finite, steps, 0.0), float(solve.max_steps + 1))
+                self.steps = jnp.maximum(bounded, jnp.where(length > 0, 1.0, 0.0)).astype(jnp.int32)
+
+    def bound(self) -> Int32[Array, ""] | int:
+        """No lane of the block makes more attempts than this."""
+        if self.solve.adaptive or self.steps is None:
+            return self.solve.max_steps
+        return jnp.minimum(jnp.max(self.steps), self.solve.max_steps).astype(jnp.int32)
+
+    def begin(self, y: Pieces) -> State:
+        tableau, solve = self.method.tableau, self.solve
+        k0 = self.method.field(self.t0, y, self.operands) if tableau.fsal or solve.adaptive else None
+        if not solve.adaptive:
+            return State(None, None, None, (), y, k0 if tableau.fsal else None, None, None, None)
+        if self.dt0 is not None:
+            h = limit(solve.step, abs(self.dt0))
+        else:
+            h = initial_step(solve.step, tableau.error_order, y, k0, lambda h: self._euler(h, y, k0))
+        zero = jnp.zeros_like(self.t0)
+        count = jnp.zeros(zero.shape, jnp.int32)
+        sound = is_finite(y) & is_finite(k0) & is_finite([self.t0, self.t1, h])
+        done = jnp.where(self.t0 == self.t1, SUCCESS, RUNNING)
+        status = jnp.where(sound, done, NON_FINITE).astype(jnp.int32)
+        return State(
+            self.t0, zero, h, (zero,) * solve.step.memory, y, k0 if tableau.fsal else None, status, count, count
+        )
+
+    def _euler(self, h: Array, y: Pieces, k0: Pieces) -> Pieces:
+        h = self.direction * h
+        return self.method.field(self.t0 + h, _plus(y, h, k0), self.operands)
+
+    def running(self, state: State) -> Bool[Array, ""] | bool:
+        """Whether any lane still runs, besides the bound on attempts."""
+        return any_lane(state.status < 0) if state.status is not None else True
+
+    def attempt(self, state: State, i: Int32[Array, ""], forced: tuple[Array, Array] | None = None) -> tuple[State, Taken]:
+        """Attempt number i. `forced` (live, accepted) are the decisions of the forward pass during a replay."""
+        if self.solve.adaptive:
+            return self._adaptive(state, forced)
+        return self._fixed(state, i)
+
+    def time(self, i: Int32[Array, ""]) -> Float[Array, " lanes"]:
+        """Start of fixed step number i."""
+        return self.t0 + i.astype(self.t0.dtype) * self.h
+
+    def _fixed(self, state: State, i: Int32[Array, ""]) -> tuple[State, Taken]:
+        t = self.time(i)
+        if self.steps is None:
+            live = jnp.ones(t.shape, bool)
+            last = jnp.full(t.shape, i + 1 == self.solve.max_steps)
+            h = self.h
+        else:
+            live, last = i < self.steps, i + 1 == self.steps
+            h = jnp.where(last, self.t1 - t, self.h)
+        k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
+        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=self.method.tableau.fsal)
+        new = y1 if self.steps is None else _where(live, y1, state.y)
+        last_stage = stages[-1] if state.k0 is not None else None
+        if last_stage is not None and self.steps is not None:
+            last_stage = _where(live, last_stage, state.k0)
+        end = jnp.where(last, self.t1, self.time(i + 1))
+        taken = Taken(t, h if self.steps is None else jnp.where(live, h, 0.0), end, live, state.y, stages, last, h)
+        return state._replace(y=new, k0=last_stage), taken
+
+    def _adaptive(self, state: State, forced: tuple[Array, Array] | None) -> tuple[State, Taken]:
+        step, tableau = self.solve.step, self.method.tableau
+        t, low = state.t, state.low
+        remaining = (self.t1 - t) - low
+        clipped = self.direction * remaining - state.h < self.sliver
+        h = jnp.where(clipped, remaining, self.direction * state.h)
+        k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
+        stages, y1 = self.method.step(t, h, state.y, k0, self.operands)
+        error = [h * e for e in weighted_sum(tableau.error, stages)]
+        # The new state may not be finite where the field is not defined. Adding y1 - y1, zero or NaN, to the error rejects
+        # it without a second pass over the stages: XLA computes the scaled error once, but whatever else depends on the
+        # stages over again in every result of the loop.
+        error = [e + (p - p) for e, p in zip(error, y1, strict=True)]
+        square = scaled_error(step, error, state.y, y1)
+        sound = square < jnp.inf
+        if forced is None:
+            live = state.status < 0
+            accepted = live & sound & (square < 1)
+        else:
+            live, accepted = forced
+        factor, memory = step_factor(step, tableau.error_order, square, accepted, state.memory)
+        free = abs(h) * factor
+        proposed = limit(step, free)
+        low_sum, high_error = two_sum(t, h + low)
+        finished = accepted & clipped
+        stepped_t = jnp.where(finished, self.t1, low_sum)
+        stepped_low = jnp.where(finished, 0.0, high_error)
+        if forced is None:
+            floor = self.eps * jnp.maximum(abs(t), self.eps * abs(self.t1 - self.t0))
+            if step.dtmin is not None:
+                floor = jnp.maximum(floor, step.dtmin)
+            why = jnp.where(sound, STEP_TOO_SMALL, NON_FINITE)
+            ended = jnp.where(finished, SUCCESS, jnp.where(proposed < floor, why, RUNNING))
+            status = jnp.where(live, ended, state.status).astype(jnp.int32)
+            attempts = state.attempts + live.astype(jnp.int32)
+            count = state.accepted + accepted.astype(jnp.int32)
+        else:
+            status, attempts, count = state.status, state.attempts, state.accepted
+        new = State(
+            jnp.where(accepted, stepped_t, t),
+            jnp.where(accepted, stepped_low, low),
+            jnp.where(live, proposed, state.h),
+            memory,
+            _where(accepted, y1, state.y),
+            None if state.k0 is None else _where(accepted, stages[-1], state.k0),
+            status,
+            attempts,
+            count,
+        )
+        slope = jnp.where(live, jnp.where(proposed < free, 0.0, factor), 1.0)
+        taken = Taken(
+            t, jnp.where(accepted, h, 0.0), stepped_t, accepted, state.y, stages, clipped & live, slope
+        )
+        return new, taken
+
+
+class _Reader:
+    """Values of a kernel's inputs from their Refs."""
+
+    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any]) -> None:
+        self.solve, self.method, self.refs = solve, method, refs
+        self.lanes = refs[solve.first_y].shape[-1]
+
+    def lane_vector(self, index: int) -> Array:
+        value = self.refs[index][...]
+        return value if self.solve.lane[index] else jnp.broadcast_to(value, (self.lanes,))
+
+    def pieces(self, index: int, shape: tuple[int, ...], *, spread: bool = False) -> Pieces:
+        """Pieces of an input; `spread`: a shared one gets a lane axis, so that its cotangents stay per lane."""
+        ref = self.refs[index]
+        values = [ref[(*at, ...)] for at in self.method.lift.pieces(shape)]
+        if spread and not self.solve.lane[index]:
+            values = [jnp.broadcast_to(v[..., None], (*v.shape, self.lanes)) for v in values]
+        return values
+
+    def stepper(self, operands: list[Pieces]) -> Stepper:
+        dt0 = self.lane_vector(2) if self.solve.has_dt0 else None
+        return Stepper(self.solve, self.method, self.lane_vector(0), self.lane_vector(1), dt0, operands)
+
+    def save_time(self, row: Array) -> Array:
+        """Save time number `row` (clamped): a scalar if shared, a lane vector otherwise."""
+        index = self.solve.first_y - 1
+        row = jnp.clip(row, 0, self.solve.saves - 1)
+        return self.refs[index][row, :] if self.solve.lane[index] else self.refs[index][row]
+
+
+class _Milestones:
+    """Rows of a milestone buffer: what restarts a segment."""
+
+    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any]) -> None:
+        self.solve, self.method, self.refs = solve, method, list(refs)
+
+    @staticmethod
+    def buffers(solve: Solve, rows: int) -> list[Buffer]:
+        scalars = 3 + solve.step.memory if isinstance(solve.step, Adaptive) else 0
+        dtype = solve.field.dtype
+        return [Buffer((rows,), dtype)] * scalars + [Buffer((rows, *shape), dtype) for shape in solve.field.y_shapes]
+
+    def save(self, row: Array, state: State) -> None:
+        values = (state.t, state.low, state.h, *state.memory) if self.solve.adaptive else ()
+        for ref, value in zip(self.refs, values, strict=False):
+            ref[row, :] = value
+        position = 0
+        for ref, shape in zip(self.refs[len(values) :], self.solve.field.y_shapes, strict=True):
+            for at in self.method.lift.pieces(shape):
+                ref[(row, *at, ...)] = state.y[position]
+                position += 1
+
+    def restore(self, row: Array, stepper: Stepper, start: Array) -> State:
+        """The state at a milestone; the first stage is evaluated again, cheaper than storing it."""
+        count = 3 + self.solve.step.memory if isinstance(self.solve.step, Adaptive) else 0
+        values = [ref[row, :] for ref in self.refs[:count]]
+        y = [
+            ref[(row, *at, ...)]
+            for ref, shape in zip(self.refs[count:], self.solve.field.y_shapes, strict=True)
+            for at in self.method.lift.pieces(shape)
+        ]
+        t, low, h = values[:3] if count else (None, None, None)
+        at = t if t is not None else stepper.time(start)
+        k0 = self.method.field(at, y, stepper.operands) if self.method.tableau.fsal else None
+        return State(t, low, h, tuple(values[3:]), y, k0, None, None, None)
+
+
+def forward_buffers(solve: Solve, record: Record | None) -> list[Buffer]:
+    """Results of the forward body: the values' leaves, status, attempts, accepted; with `record`, stride, decision
+    words (adaptive only) and milestone rows."""
+    dtype, rows = solve.field.dtype, () if solve.saves is None else (solve.saves,)
+    buffers = [Buffer((*rows, *shape), dtype) for shape in solve.field.y_shapes]
+    buffers += [Buffer((), np.dtype(np.int32))] * 3
+    if record is not None:
+        buffers.append(Buffer((), np.dtype(np.int32)))
+        if solve.adaptive:
+            buffers.append(Buffer((record.words(solve.max_steps),), np.dtype(np.int32)))
+        buffers += _Milestones.buffers(solve, record.count)
+    return buffers
+
+
+def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
+    """The forward body: integrates a block from t0 to t1, saving values, counts and (with `record`) milestones."""
+    n_inputs, n_y = len(solve.lane), len(solve.field.y_shapes)
+
+    def body(*refs: Any) -> None:
+        method = Method(solve, differentiated=False)
+        reader = _Reader(solve, method, refs[:n_inputs])
+        value_refs, counters = refs[n_inputs : n_inputs + n_y], refs[n_inputs + n_y : n_inputs + n_y + 3]
+        record_refs = refs[n_inputs + n_y + 3 :]
+        operands = [
+            reader.pieces(solve.first_operand + i, struct.shape) for i, struct in enumerate(solve.field.operands)
+        ]
+        y0 = [p for i, s in enumerate(solve.field.y_shapes) for p in reader.pieces(solve.first_y + i, s)]
+        stepper = reader.stepper(operands)
+        saver = None if solve.saves is None else _Saver(reader, stepper, value_refs)
+        state = stepper.begin(y0)
+        pointer = None if saver is None else saver.begin(y0)
+        bound = stepper.bound()
+        zero = jnp.int32(0)
+
+        def attempts(start: Array, end: Array, state: State, pointer: Any, word: Any) -> tuple[Any, ...]:
+            def go_on(carry: tuple[Any, ...]) -> Array:
+                return (carry[0] < end) & stepper.running(carry[1])
+
+            def attempt(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                i, state, pointer, word = carry
+                state, taken = stepper.attempt(state, i)
+                if saver is not None:
+                    pointer = saver.save(pointer, taken)
+                if word is not None:
+                    word = word | lax.shift_left(taken.accepted.astype(jnp.int32), jnp.broadcast_to(i - start, word.shape))
+                return i + 1, state, pointer, word
+
+            return lax.while_loop(go_on, attempt, (start, state, pointer, word))
+
+        if record is None:
+            _, state, _, _ = attempts(zero, bound, state, pointer, None)
+        else:
+            state = _recorded(solve, method, record, record_refs, stepper, state, pointer, bound, attempts)
+        _store_results(solve, method, stepper, state, value_refs, counters)
+
+    return body
+
+
+def _recorded(
+    solve: Solve, method: Method, record: Record, refs: Sequence[Any], stepper: Stepper, state: State, pointer: Any,
+    bound: Any, attempts: Callable[..., tuple[Any, ...]],
+) -> State:  # fmt: skip
+    """The forward loop with milestones: segments, in them bursts that share a word of decisions, in them attempts."""
+    stride_ref, words_ref = refs[0], refs[1] if solve.adaptive else None
+    rows = _Milestones(solve, method, refs[2:] if solve.adaptive else refs[1:])
+
+    def go_on(carry: tuple[Any, ...]) -> Array:
+        return (carry[0] < bound) & stepper.running(carry[2])
+
+    def segment(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, stride, state, pointer = carry
+        rows.save(schedule.slot(i, record), state)
+        stride, end = schedule.segment(i, stride, record)
+        end = jnp.minimum(end, bound)
+        if words_ref is None:
+            i, state, pointer, _ = attempts(i, end, state, pointer, None)
+            return i, stride, state, pointer
+
+        def burst(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            start, state, pointer = carry
+            stop = jnp.minimum(start + record.burst, end)
+            empty = jnp.zeros(stepper.t0.shape, jnp.int32)
+            i, state, pointer, word = attempts(start, stop, state, pointer, empty)
+            words_ref[start // record.burst, :] = word
+            return i, state, pointer
+
+        i, state, pointer = lax.while_loop(
+            lambda carry: (carry[0] < end) & stepper.running(carry[1]), burst, (i, state, pointer)
+        )
+        return i, stride, state, pointer
+
+    _, stride, state, _ = lax.while_loop(go_on, segment, (jnp.int32(0), jnp.int32(record.base), state, pointer))
+    stride_ref[...] = jnp.broadcast_to(stride, stepper.t0.shape)
+    return state
+
+
+def _store_results(
+    solve: Solve, method: Method, stepper: Stepper, state: State, value_refs: Sequence[Any], counters: Sequence[Any]
+) -> None:
+    if solve.saves is None:
+        _store_leaves(method, value_refs, solve.field.y_shapes, state.y)
+    status, attempts, accepted = outcome(solve, stepper, state)
+    for ref, value in zip(counters, (status, attempts, accepted), strict=True):
+        ref[...] = value.astype(jnp.int32)
+
+
+def outcome(solve: Solve, stepper: Stepper, state: State) -> tuple[Array, Array, Array]:
+    """Status, attempts and accepted attempts per lane when the loop has ended."""
+    if state.status is not None:
+        return jnp.where(state.status < 0, MAX_STEPS, state.status), state.attempts, state.accepted
+    steps = jnp.full(stepper.t0.shape, solve.max_steps, jnp.int32) if stepper.steps is None else stepper.steps
+    attempts = jnp.minimum(steps, solve.max_steps)
+    sound = is_finite(state.y) & is_finite([stepper.t0, stepper.t1])
+    status = jnp.where(sound, jnp.where(steps > solve.max_steps, MAX_STEPS, SUCCESS), NON_FINITE)
+    return status.astype(jnp.int32), attempts, attempts
+
+
+def _store_leaves(method: Method, refs: Sequence[Any], shapes: Sequence[tuple[int, ...]], pieces: Pieces) -> None:
+    position = 0
+    for ref, shape in zip(refs, shapes, strict=True):
+        for at in method.lift.pieces(shape):
+            ref[(*at, ...)] = jnp.broadcast_to(pieces[position], ref[(*at, ...)].shape)
+            position += 1
+
+
+class _Saver:
+    """Writes values at the save times. The pointer is (rows done per lane, each lane's next save time).
+
+    Rows are visited one at a time, all lanes that need the row together: a masked update of a uniform row, no scatter.
+    Lanes in step cost one visit per row; the worst case is one visit per lane and row.
+    """
+
+    def __init__(self, reader: _Reader, stepper: Stepper, refs: Sequence[Any]) -> None:
+        self.reader, self.stepper, self.refs = reader, stepper, refs
+        self.never = stepper.direction * jnp.inf
+
+    def begin(self, y0: Pieces) -> tuple[Array, Array]:
+        """Rows at or before t0 hold the initial state."""
+        start = self.stepper.t0
+        first = jnp.broadcast_to(self.reader.save_time(jnp.int32(0)), start.shape)
+        pointer = (jnp.zeros(start.shape, jnp.int32), first if self.reader.solve.saves else self.never)
+        return self._rows(pointer, jnp.ones(start.shape, bool), start, lambda due: y0)
+
+    def save(self, pointer: tuple[Array, Array], taken: Taken) -> tuple[Array, Array]:
+        method = self.stepper.method
+
+        def value(due: Array) -> Pieces:
+            theta = (due - taken.t) / taken.h
+            stages = method.extend(taken.stages, taken.t, taken.h, taken.y, self.stepper.operands)
+            return _plus(taken.y, taken.h, weighted_sum(dense_weights(method.tableau, theta), stages))
+
+        return self._rows(pointer, taken.accepted, taken.end, value)
+
+    def _rows(
+        self, pointer: tuple[Array, Array], lanes: Array, reached: Array, value: Callable[[Array], Pieces]
+    ) -> tuple[Array, Array]:
+        solve, direction = self.reader.solve, self.stepper.direction
+
+        def pending(due: Array) -> Array:
+            return lanes & (direction * due <= direction * reached)
+
+        def row(pointer: tuple[Array, Array]) -> tuple[Array, Array]:
+            done, due = pointer
+            waiting = pending(due)
+            current = jnp.min(jnp.where(waiting, done, solve.saves))
+            mask = waiting & (done == current)
+            self._write(current, mask, value(due))
+            following = jnp.where(current + 1 < solve.saves, self.reader.save_time(current + 1), self.never)
+            return done + mask.astype(jnp.int32), jnp.where(mask, following, due)
+
+        return lax.while_loop(lambda pointer: any_lane(pending(pointer[1])), row, pointer)
+
+    def _write(self, row: Array, mask: Array, pieces: Pieces) -> None:
+        method, position = self.stepper.method, 0
+        for ref, shape in zip(self.refs, self.reader.solve.field.y_shapes, strict=True):
+            for at in method.lift.pieces(shape):
+                index = (row, *at, ...)
+                ref[index] = jnp.where(mask, pieces[position], ref[index])
+                position += 1
+
+
+def _plus(y: Pieces, h: Array, slope: Pieces) -> Pieces:
+    return [a + h * b for a, b in zip(y, slope, strict=True)]
+
+
+def _where(mask: Array, new: Pieces, old: Pieces) -> Pieces:
+    return [jnp.where(mask, a, b) for a, b in zip(new, old, strict=True)]
+
+
+def backward_buffers(solve: Solve, record: Record, wrt: Sequence[bool]) -> tuple[list[Buffer], list[Buffer]]:
+    """Results and scratch of the backward body. Results: one cotangent per input with `wrt`, in input order; those of shared
+    operands are partial sums, one per block, those of t0, t1, dt0 and save times always one per lane."""
+    shapes = input_shapes(solve)
+    dtypes = [solve.field.dtype] * solve.first_operand + [struct.dtype for struct in solve.field.operands]
+    results = [
+        Buffer(shape, dtype, lanes=lane or i < solve.first_operand)
+        for i, (shape, dtype, lane) in enumerate(zip(shapes, dtypes, solve.lane, strict=True))
+        if wrt[i]
+    ]
+    dtype = solve.field.dtype
+    scalars = (4 if any(wrt[: 2 + solve.has_dt0]) else 2) if solve.adaptive else 0
+    scratch = [Buffer((record.scratch,), dtype)] * scalars
+    scratch += [Buffer((record.scratch, *shape), dtype) for shape in solve.field.y_shapes]
+    for rows in _replay_rows(solve, record):
+        scratch += _Milestones.buffers(solve, rows)
+    return results, scratch
+
+
+def input_shapes(solve: Solve) -> list[tuple[int, ...]]:
+    """Shapes of a solve's inputs without lanes."""
+    saves = [] if solve.saves is None else [(solve.saves,)]
+    operands = [tuple(struct.shape) for struct in solve.field.operands]
+    return [()] * (2 + solve.has_dt0) + saves + list(solve.field.y_shapes) + operands
+
+
+def _replay_rows(solve: Solve, record: Record) -> list[int]:
+    """Milestones each nested level of replay keeps."""
+    longest, rows = schedule.longest_segment(solve.max_steps, record), []
+    for stride in schedule.replay_strides(solve.max_steps, record):
+        rows.append(-(-longest // stride))
+        longest = stride
+    return rows
+
+
+class _Cotangents(NamedTuple):
+    """What is carried backwards through the attempts."""
+
+    y: Pieces
+    operands: list[Pieces | None]
+    t: Array | None  # of the current time, of the next step size, of t1 and of a fixed step's size
+    h: Array | None
+    t1: Array | None
+    pointer: tuple[Array, Array] | None  # rows of saved values not yet passed, and the latest of their times
+
+
+def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[..., None]:
+    """The backward body: from cotangents of the forward body's values to those of its inputs.
+
+    Refs: the inputs; attempts (0 for lanes whose cotangents are all zero or that failed), stride, decision words (adaptive
+    only), milestone rows; the values' cotangents; then `backward_buffers`.
+    """
+    n_inputs, n_y = len(solve.lane), len(solve.field.y_shapes)
+    n_milestones = len(_Milestones.buffers(solve, record.count))
+
+    def body(*refs: Any) -> None:
+        results, scratch = backward_buffers(solve, record, wrt)
+        split = _splitter(refs)
+        inputs, (attempts_ref, stride_ref), words = split(n_inputs), split(2), split(int(solve.adaptive))
+        milestone_refs, cotangent_refs = split(n_milestones), split(n_y)
+        result_refs, scratch_refs = split(len(results)), split(len(scratch))
+        method = Method(solve, differentiated=True)
+        reader = _Reader(solve, method, inputs)
+        pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], words, scratch_refs)
+        rows = _Milestones(solve, method, milestone_refs)
+        pull.attach(cotangent_refs, _result_of(solve, wrt, result_refs, solve.first_y - 1))
+        cotangents, target = pull.begin(), (pull.stepper.t1, jnp.zeros_like(pull.stepper.t1))
+        stride, count = jnp.max(stride_ref[...]), jnp.max(pull.attempts)
+
+        def segment(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            index, cotangents, target = carry
+            start = (index - 1) * stride
+            state = rows.restore(schedule.slot(start, record), pull.stepper, start)
+            stop = jnp.minimum(start + stride, count)
+            cotangents, target = pull.attempts_range(0, state, start, stop, cotangents, target)
+            return index - 1, cotangents, target
+
+        segments = (count + stride - 1) // stride
+        _, cotangents, _ = lax.while_loop(lambda carry: carry[0] > 0, segment, (segments, cotangents, target))
+        first = rows.restore(jnp.int32(0), pull.stepper, jnp.int32(0))
+        pull.finish(cotangents, first, result_refs)
+
+    return body
+
+
+def _splitter(refs: Sequence[Any]) -> Callable[[int], Sequence[Any]]:
+    position = 0
+
+    def take(count: int) -> Sequence[Any]:
+        nonlocal position
+        position += count
+        return refs[position - count : position]
+
+    return take
+
+
+def _result_of(solve: Solve, wrt: Sequence[bool], refs: Sequence[Any], index: int) -> Any | None:
+    """The Ref of one input's cotangent, or None if it is not wanted."""
+    return refs[sum(wrt[:index])] if wrt[index] else None
+
+
+class _Pullback:
+    """The backward pass over ranges of attempts: replay, then walk back."""
+
+    def __init__(
+        self, solve: Solve, record: Record, wrt: Sequence[bool], method: Method, reader: _Reader, attempts: Array,
+        words: Sequence[Any], scratch: Sequence[Any],
+    ) -> None:  # fmt: skip
+        self.solve, self.record, self.wrt, self.method, self.reader = solve, record, wrt, method, reader
+        self.attempts, self.words = attempts, words[0] if words else None
+        self.times = any(wrt[: 2 + solve.has_dt0])
+        spread = method.lift.spreads_shared
+        self.operands = [
+            reader.pieces(i, struct.shape, spread=spread and wrt[i])
+            for i, struct in enumerate(solve.field.operands, solve.first_operand)
+        ]
+        self.per_lane = [lane or spread for lane in solve.lane[solve.first_operand :]]
+        self.stepper = reader.stepper(self.operands)
+        shared = any(w and not lane for w, lane in zip(wrt, solve.lane, strict=True))
+        self.masked = shared and not spread
+        split = _splitter(scratch)
+        self.scalars = split((4 if self.times else 2) if solve.adaptive else 0)
+        self.states = split(len(solve.field.y_shapes))
+        self.strides = schedule.replay_strides(solve.max_steps, record)
+        size = len(_Milestones.buffers(solve, 1))
+        self.levels = [_Milestones(solve, method, split(size)) for _ in self.strides]
+        self.cotangent_refs: Sequence[Any] = ()
+        self.save_times_ref: Any | None = None
+
+    def attach(self, cotangent_refs: Sequence[Any], save_times_ref: Any | None) -> None:
+        self.cotangent_refs = cotangent_refs
+        self.save_times_ref = save_times_ref if self.solve.saves is not None else None
+
+    @property
+    def _dates(self) -> bool:
+        """Whether anything about time is differentiated: t0, t1, dt0 or the save times."""
+        return self.times or self.save_times_ref is not None
+
+    def begin(self) -> _Cotangents:
+        solve, zero = self.solve, jnp.zeros_like(self.stepper.t0)
+        refs = self.cotangent_refs
+        if solve.saves is None:
+            y = self._row_pieces(())
+            pointer = None
+        else:
+            y = [jnp.zeros(ref[(0, *at, ...)].shape, solve.field.dtype)
+                 for ref, shape in zip(refs, solve.field.y_shapes, strict=True) for at in self.method.lift.pieces(shape)]
+            rows = jnp.full(zero.shape, solve.saves, jnp.int32)
+            last = jnp.broadcast_to(self.reader.save_time(jnp.int32(solve.saves - 1)), zero.shape)
+            pointer = (rows, last if solve.saves else self.stepper.direction * -jnp.inf)
+        operands = [
+            [jnp.zeros_like(p) for p in pieces] if self.wrt[i] else None
+            for i, pieces in enumerate(self.operands, solve.first_operand)
+        ]
+        t, h, t1 = (zero, zero, zero) if self.times else (None, None, None)
+        return _Cotangents(y, operands, t, h, t1, pointer)
+
+    def _row_pieces(self, row: tuple[Any, ...]) -> Pieces:
+        """Cotangents of one row of saved values (or of the final state)."""
+        return [
+            ref[(*row, *at, ...)]
+            for ref, shape in zip(self.cotangent_refs, self.solve.field.y_shapes, strict=True)
+            for at in self.method.lift.pieces(shape)
+        ]
+
+    def attempts_range(
+        self, level: int, state: State, start: Array, stop: Array, cotangents: _Cotangents, target: tuple[Array, Array]
+    ) -> tuple[_Cotangents, tuple[Array, Array]]:
+        """Pull back attempts start..stop, which begin at `state` and end at time `target` (for lanes still live then)."""
+        begun = self.attempts > start
+        arrival = target
+        if level == len(self.strides):
+            end = self._replay(state, start, stop, self._note)
+            gap = None
+            if self.solve.adaptive:
+                gap = jnp.where(begun, (target[0] - end.t) + (target[1] - end.low), 0.0)
+            cotangents = self._walk(start, stop, cotangents, gap)
+        else:
+            cotangents = self._nested(level, state, start, stop, cotangents, target)
+        if self.solve.adaptive:
+            arrival = jnp.where(begun, state.t, target[0]), jnp.where(begun, state.low, target[1])
+        return cotangents, arrival
+
+    def _nested(
+        self, level: int, state: State, start: Array, stop: Array, cotangents: _Cotangents, target: tuple[Array, Array]
+    ) -> _Cotangents:
+        stride, rows = self.strides[level], self.levels[level]
+        count = (stop - start + stride - 1) // stride
+
+        def outward(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            index, state = carry
+            rows.save(index, state)
+            begin = start + index * stride
+            # Nothing needs the end of the last one.
+            end = jnp.where(index + 1 < count, begin + stride, begin)
+            return index + 1, self._replay(state, begin, end, None)
+
+        lax.while_loop(lambda carry: carry[0] < count, outward, (jnp.int32(0), state))
+
+        def homeward(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            index, cotangents, target = carry
+            begin = start + (index - 1) * stride
+            restored = rows.restore(index - 1, self.stepper, begin)
+            end = jnp.minimum(begin + stride, stop)
+            cotangents, target = self.attempts_range(level + 1, restored, begin, end, cotangents, target)
+            return index - 1, cotangents, target
+
+        return lax.while_loop(lambda carry: carry[0] > 0, homeward, (count, cotangents, target))[1]
+
+    def _replay(self, state: State, start: Array, stop: Array, note: Callable[[Array, Taken], None] | None) -> State:
+        def attempt(carry: tuple[Array, State]) -> tuple[Array, State]:
+            i, state = carry
+            state, taken = self.stepper.attempt(state, i, self._decisions(i))
+            if note is not None:
+                note(i - start, taken)
+            return i + 1, state
+
+        return lax.while_loop(lambda carry: carry[0] < stop, attempt, (start, state))[1]
+
+    def _decisions(self, i: Array) -> tuple[Array, Array]:
+        live = i < self.attempts
+        if self.words is None:
+            return live, live
+        word = self.words[i // self.record.burst, :]
+        bit = lax.shift_right_logical(word, jnp.broadcast_to(i % self.record.burst, word.shape)) & 1
+        return live, live & (bit == 1)
+
+    def _note(self, row: Array, taken: Taken) -> None:
+        values = (taken.t, taken.h, taken.slope, taken.clipped.astype(taken.t.dtype))
+        for ref, value in zip(self.scalars, values, strict=False):
+            ref[row, :] = value
+        position = 0
+        for ref, shape in zip(self.states, self.solve.field.y_shapes, strict=True):
+            for at in self.method.lift.pieces(shape):
+                ref[(row, *at, ...)] = taken.y[position]
+                position += 1
+
+    def _walk(self, start: Array, stop: Array, cotangents: _Cotangents, gap: Array | None) -> _Cotangents:
+        def go_on(carry: tuple[Any, ...]) -> Array:
+            return carry[0] > start
+
+        def back(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            i, cotangents, gap = carry
+            i = i - 1
+            row = i - start
+            y = [
+                ref[(row, *at, ...)]
+                for ref, shape in zip(self.states, self.solve.field.y_shapes, strict=True)
+                for at in self.method.lift.pieces(shape)
+            ]
+            slope = clipped = None
+            if self.solve.adaptive:
+                values = [ref[row, :] for ref in self.scalars]
+                t, h = values[:2]
+                accepted = h != 0
+                h = jnp.where(accepted, h + gap, h)
+                gap = jnp.where(accepted, 0.0, gap)
+                if self.times:
+                    slope, clipped = values[2], values[3] > 0
+            else:
+                t, accepted = self.stepper.time(i), i < self.attempts
+                h, clipped = self.stepper.h, jnp.zeros(t.shape, bool)
+                if self.stepper.steps is not None:
+                    clipped = i + 1 == self.stepper.steps
+                    h = jnp.where(clipped, self.stepper.t1 - t, h)
+            cotangents = self._step(i, t, h, y, accepted, slope, clipped, cotangents)
+            return i, cotangents, gap
+
+        return lax.while_loop(go_on, back, (stop, cotangents, gap))[1]
+
+    def _step(
+        self, i: Array, t: Array, h: Array, y: Pieces, accepted: Array, slope: Array | None, clipped: Array | None,
+        cotangents: _Cotangents,
+    ) -> _Cotangents:  # fmt: skip
+        """Through one attempt, backwards."""
+        dense = self.solve.saves is not None
+        mask = accepted if self.masked else None
+        wanted = [o for o, ct in zip(self.operands, cotangents.operands, strict=True) if ct is not None]
+
+        def step(y: Pieces, wanted: list[Pieces], t: Array, h: Array) -> tuple[Pieces, list[Pieces]]:
+            rest = iter(wanted)
+            operands = [
+                o if ct is None else next(rest) for o, ct in zip(self.operands, cotangents.operands, strict=True)
+            ]
+            k0 = self.method.field(t, y, operands, mask)
+            stages, y1 = self.method.step(t, h, y, k0, operands, mask, last=False, dense=dense)
+            return y1, stages if dense else []
+
+        if self._dates:
+            (_, stages), pull = jax.vjp(step, y, wanted, t, h)
+        else:
+            (_, stages), pull = jax.vjp(lambda y, wanted: step(y, wanted, t, h), y, wanted)
+        zeros = [jnp.zeros_like(p) for p in y]
+        direct, stage_cts = zeros, [zeros] * len(stages)
+        t_ct = h_ct = jnp.zeros_like(t) if self._dates else None
+        pointer = cotangents.pointer
+        if dense:
+            pointer, direct, stage_cts, t_ct, h_ct = self._saved_values(
+                pointer, t, h, y, stages, accepted, direct, stage_cts, t_ct, h_ct
+            )
+        y1_ct = [jnp.where(accepted, ct, 0.0) for ct in cotangents.y]
+        y_ct, wanted_ct, *time_ct = pull((y1_ct, stage_cts))
+        new_y = [jnp.where(accepted, a + b, ct) for a, b, ct in zip(y_ct, direct, cotangents.y, strict=True)]
+        rest = iter(wanted_ct)
+        operands = [
+            ct if ct is None else self._accumulate(ct, next(rest), accepted, lanes)
+            for ct, lanes in zip(cotangents.operands, self.per_lane, strict=True)
+        ]
+        new = cotangents._replace(y=new_y, operands=operands, pointer=pointer)
+        if not self.times:
+            return new
+        t_ct = jnp.where(accepted, t_ct + time_ct[0], 0.0)
+        h_ct = jnp.where(accepted, h_ct + time_ct[1], 0.0)
+        return self._step_times(i, new, t_ct, h_ct, accepted, slope, clipped)
+
+    @staticmethod
+    def _accumulate(totals: Pieces, terms: Pieces, accepted: Array, per_lane: bool) -> Pieces:
+        """Add an operand's cotangents: masked here if they have lanes, else the lift has left out the dead lanes."""
+        if per_lane:
+            terms = [jnp.where(accepted, term, 0.0) for term in terms]
+        return [total + term for total, term in zip(totals, terms, strict=True)]
+
+    def _saved_values(
+        self, pointer: Any, t: Array, h: Array, y: Pieces, stages: list[Pieces], accepted: Array, direct: Pieces,
+        stage_cts: list[Pieces], t_ct: Any, h_ct: Any,
+    ) -> tuple[Any, Pieces, list[Pieces], Any, Any]:  # fmt: skip
+        """Cotangents of the rows saved in this step, spread over its start, stages, time and size.
+
+        A row is Y = y + h sum_s b_s(theta) k_s with theta = (date - t) / h.
+        """
+        direction, tableau = self.stepper.direction, self.method.tableau
+
+        def pending(pointer: tuple[Array, Array]) -> Array:
+            return accepted & (pointer[0] > 0) & (direction * pointer[1] > direction * t)
+
+        def row(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            pointer, direct, stage_cts, t_ct, h_ct = carry
+            current, mask, following = self._pass_row(pointer, pending(pointer))
+            theta = jnp.where(mask, (pointer[1] - t) / jnp.where(mask, h, 1.0), 0.0)
+            ct = [jnp.where(mask, p, 0.0) for p in self._row_pieces((current,))]
+            weights = dense_weights(tableau, theta)
+            direct = [a + b for a, b in zip(direct, ct, strict=True)]
+            stage_cts = [
+                stage if w is None else [a + (h * w) * b for a, b in zip(stage, ct, strict=True)]
+                for stage, w in zip(stage_cts, weights, strict=True)
+            ]
+            if self._dates:
+                speed = _inner(weighted_sum(dense_slopes(tableau, theta), stages), ct)
+                h_ct = h_ct + _inner(weighted_sum(weights, stages), ct) - theta * speed
+                t_ct = t_ct - speed
+                self._save_time_cotangent(current, mask, speed)
+            return following, direct, stage_cts, t_ct, h_ct
+
+        return lax.while_loop(
+            lambda carry: any_lane(pending(carry[0])), row, (pointer, direct, stage_cts, t_ct, h_ct)
+        )
+
+    def _pass_row(self, pointer: tuple[Array, Array], waiting: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+        """The latest row any lane waits for, the lanes that do, and the pointer behind it."""
+        done, due = pointer
+        current = jnp.max(jnp.where(waiting, done, 0)) - 1
+        mask = waiting & (done == current + 1)
+        before = jnp.where(current > 0, self.reader.save_time(current - 1), self.stepper.direction * -jnp.inf)
+        return current, mask, (done - mask.astype(jnp.int32), jnp.where(mask, before, due))
+
+    def _save_time_cotangent(self, row: Array, mask: Array, value: Array) -> None:
+        if self.save_times_ref is not None:
+            self.save_times_ref[row, :] = jnp.where(mask, value, self.save_times_ref[row, :])
+
+    def _step_times(
+        self, i: Array, cotangents: _Cotangents, t_ct: Array, h_ct: Array, accepted: Array, slope: Array | None,
+        clipped: Array | None,
+    ) -> _Cotangents:  # fmt: skip
+        """Backwards through how a step's start and size came about, for gradients by t0, t1 and dt0.
+
+        Adaptive: next t = t + h, next h = factor * h, and h = t1 - t where the step was cut at the end. Fixed(n):
+        t = t0 + i h; the cotangents of h are collected. Fixed(dt): t = t0 + i dt, the last h = t1 - t.
+        """
+        if self.solve.adaptive:
+            h_total = slope * cotangents.h + jnp.where(accepted, cotangents.t, 0.0) + h_ct
+            cut = jnp.where(clipped, h_total, 0.0)
+            return cotangents._replace(
+                t=cotangents.t + t_ct - cut, h=jnp.where(clipped, 0.0, h_total), t1=cotangents.t1 + cut
+            )
+        if self.stepper.steps is None:
+            return cotangents._replace(t=cotangents.t + t_ct, h=cotangents.h + i.astype(t_ct.dtype) * t_ct + h_ct)
+        cut = jnp.where(clipped, h_ct, 0.0)
+        return cotangents._replace(t=cotangents.t + t_ct - cut, t1=cotangents.t1 + cut)
+
+    def finish(self, cotangents: _Cotangents, first: State, refs: Sequence[Any]) -> None:
+        """Rows at or before t0, then the results."""
+        solve = self.solve
+        if solve.saves is not None:
+            cotangents = self._initial_rows(cotangents, first)
+        results: dict[int, Any] = {}
+        if self.times:
+            t, h, t1 = cotangents.t, cotangents.h, cotangents.t1
+            if isinstance(solve.step, Fixed) and solve.step.steps is not None:
+                share = h / solve.step.steps
+                results[0], results[1] = t - share, share
+            else:
+                results[0], results[1] = t, t1
+            if solve.has_dt0:
+                dt0 = self.stepper.dt0
+                free = abs(dt0) <= limit(solve.step, abs(dt0))
+                results[2] = jnp.where(free, h * self.stepper.direction * jnp.sign(dt0), 0.0)
+        targets = iter(refs)
+        for i, wanted in enumerate(self.wrt):
+            if not wanted:
+                continue
+            ref = next(targets)
+            if i < solve.first_y:
+                if i in results:
+                    ref[...] = results[i]
+            elif i >= solve.first_operand:
+                self._store_operand(ref, i - solve.first_operand, cotangents)
+        start = sum(self.wrt[: solve.first_y])
+        _store_leaves(self.method, refs[start : start + len(solve.field.y_shapes)], solve.field.y_shapes, cotangents.y)
+
+    def _store_operand(self, ref: Any, index: int, cotangents: _Cotangents) -> None:
+        shape = self.solve.field.operands[index].shape
+        shared = not self.solve.lane[self.solve.first_operand + index]
+        for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index], strict=True):
+            ref[(*at, ...)] = jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece
+
+    def _initial_rows(self, cotangents: _Cotangents, first: State) -> _Cotangents:
+        k0 = None
+        if self._dates:
+            k0 = self.method.field(self.stepper.t0, first.y, self.operands)
+
+        def row(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            pointer, y, t = carry
+            current, mask, following = self._pass_row(pointer, pointer[0] > 0)
+            ct = [jnp.where(mask, p, 0.0) for p in self._row_pieces((current,))]
+            if k0 is not None:
+                speed = _inner(k0, ct)
+                self._save_time_cotangent(current, mask, speed)
+                t = t if t is None else t - jnp.where(mask, speed, 0.0)
+            return following, [a + b for a, b in zip(y, ct, strict=True)], t
+
+        pointer, y, t = lax.while_loop(
+            lambda carry: any_lane(carry[0][0] > 0), row, (cotangents.pointer, cotangents.y, cotangents.t)
+        )
+        return cotangents._replace(pointer=pointer, y=y, t=t)
+
+
+def _inner(a: Pieces, b: Pieces) -> Array:
+    """Inner product of two states, per lane."""
+    return sum(jnp.sum(x * y, axis=tuple(range(x.ndim - 1))) for x, y in zip(a, b, strict=True))

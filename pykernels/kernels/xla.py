@@ -1,0 +1,79 @@
+"""The portable runner: a body's Refs discharged into XLA loops, block after block.
+
+It runs wherever XLA does, is what other platforms fall back on, and the oracle for their kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pykernels.kernels.body import Buffer
+
+# Lanes per block. Under 32 the loops' own overhead shows, over 256 the working set leaves the first-level caches
+# (measured; DESIGN section 6).
+BLOCK = 64
+
+
+def block_size(lanes: int, block: int = BLOCK) -> int:
+    """Lanes per block for an ensemble: as equal as possible, so that padding is under one lane per block."""
+    blocks = max(-(-lanes // block), 1)
+    return -(-lanes // blocks)
+
+
+def run(
+    body: Callable[..., None],
+    operands: Sequence[jax.Array],
+    lane: Sequence[bool],
+    results: Sequence[Buffer],
+    scratch: Sequence[Buffer],
+    lanes: int,
+    block: int = BLOCK,
+) -> list[jax.Array]:
+    """Run a body over all blocks of an ensemble.
+
+    `operands[i]` ends with the lane axis if `lane[i]`. Returns the results, with a last axis of `lanes`; those without lanes
+    are the sum of the blocks' partial results, added in the order of the blocks.
+    """
+    if lanes == 0:
+        return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
+    size = block_size(lanes, block)
+    blocks = -(-lanes // size)
+
+    def one(blocked: Sequence[jax.Array]) -> list[jax.Array]:
+        mine = iter(blocked)
+        values = [next(mine) if has else operand for operand, has in zip(operands, lane, strict=True)]
+        inputs = [jax.new_ref(value) for value in values]
+        outputs = [_empty(buffer, size) for buffer in (*results, *scratch)]
+        body(*inputs, *outputs)
+        return [jax.freeze(ref) for ref in outputs[: len(results)]]
+
+    with_lanes = [operand for operand, has in zip(operands, lane, strict=True) if has]
+    if blocks == 1:
+        return one(with_lanes)
+    stacked = jax.lax.map(one, [_split(operand, blocks, size) for operand in with_lanes])
+    return [
+        _join(value, lanes) if buffer.lanes else jnp.sum(value, axis=0)
+        for value, buffer in zip(stacked, results, strict=True)
+    ]
+
+
+def _empty(buffer: Buffer, size: int) -> jax.Ref:
+    return jax.new_ref(jnp.zeros((*buffer.shape, size) if buffer.lanes else buffer.shape, buffer.dtype))
+
+
+def _split(operand: jax.Array, blocks: int, size: int) -> jax.Array:
+    """(..., lanes) -> (blocks, ..., size); missing lanes repeat the last one."""
+    missing = blocks * size - operand.shape[-1]
+    if missing:
+        last = jnp.broadcast_to(operand[..., -1:], (*operand.shape[:-1], missing))
+        operand = jnp.concatenate([operand, last], axis=-1)
+    return jnp.moveaxis(operand.reshape(*operand.shape[:-1], blocks, size), -2, 0)
+
+
+def _join(value: jax.Array, lanes: int) -> jax.Array:
+    """(blocks, ..., size) -> (..., lanes)."""
+    value = jnp.moveaxis(value, 0, -2)
+    return value.reshape(*value.shape[:-2], -1)[..., :lanes]

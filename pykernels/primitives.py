@@ -1,0 +1,306 @@
+"""The solve primitives: whole solves of an ensemble as single JAX operations. The only file that touches JAX's extension API.
+
+`solve` integrates, `pull_back` takes cotangents back through a recorded solve, `solve_tangents` integrates values and
+tangents together. All are batched natively: `jax.vmap` adds lanes. Their meaning is `reference.py`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching, mlir, partial_eval
+
+from pykernels.kernels import body, xla
+from pykernels.kernels.body import Buffer, Solve
+from pykernels.schedule import Record
+
+
+def solve(inputs: Sequence[jax.Array], solve: Solve, record: Record | None = None) -> list[jax.Array]:
+    """Integrate an ensemble. Inputs as `Solve` lists them, lanes last.
+
+    Returns the values' leaves `([saves,] *shape, lanes)`, NaN for failed lanes, then per lane status, attempts and accepted
+    attempts (int32), then, with `record`, what `pull_back` needs.
+    """
+    return solve_p.bind(*inputs, solve=solve, record=record)
+
+
+def pull_back(
+    inputs: Sequence[jax.Array],
+    status: jax.Array,
+    attempts: jax.Array,
+    recorded: Sequence[jax.Array],
+    cotangents: Sequence[jax.Array],
+    solve: Solve,
+    record: Record,
+    wrt: Sequence[bool],
+) -> list[jax.Array]:
+    """Cotangents of the inputs with `wrt` (the leaves of y0 always), from those of the values' leaves.
+
+    Those of shared inputs are summed over lanes. A failed lane with a cotangent other than zero gets NaN, in its own inputs
+    and in the shared ones; a lane whose cotangents are all zero contributes exactly zero.
+    """
+    operands = (*inputs, status, attempts, *recorded, *cotangents)
+    return pull_back_p.bind(*operands, solve=solve, record=record, wrt=tuple(wrt))
+
+
+def any_lane(mask: jax.Array) -> jax.Array:
+    """Whether any lane is set, over *all* lanes: under `jax.vmap` too, so that it can decide a `lax.cond`."""
+    return any_lane_p.bind(mask)
+
+
+def _lanes(inputs: Sequence[Any], solve: Solve) -> int:
+    return inputs[solve.first_y].shape[-1]
+
+
+def _structs(buffers: Sequence[Buffer], lanes: int) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in buffers]
+
+
+def _abstract(structs: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
+    return [jax.core.ShapedArray(s.shape, s.dtype) for s in structs]
+
+
+def _define(name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]) -> jex.Primitive:
+    """A primitive with several results whose meaning on every platform is `implementation`."""
+    primitive = jex.Primitive(name)
+    primitive.multiple_results = True
+    statics = [n for n, p in inspect.signature(implementation).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    primitive.def_impl(jax.jit(implementation, static_argnames=statics))
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    return primitive
+
+
+def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.Array]:
+    lanes = _lanes(inputs, solve)
+    buffers = body.forward_buffers(solve, record)
+    results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
+    count = len(solve.field.y_shapes)
+    sound = results[count] == body.SUCCESS
+    return [jnp.where(sound, value, jnp.nan) for value in results[:count]] + results[count:]
+
+
+def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[Any]:
+    return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)))
+
+
+def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[jax.Array]:
+    inputs, status, attempts, recorded, cotangents = _parts(operands, solve)
+    lanes = _lanes(inputs, solve)
+    failed = status != body.SUCCESS
+    used = functools.reduce(
+        jnp.logical_or, [jnp.any(ct != 0, axis=tuple(range(ct.ndim - 1))) for ct in cotangents], jnp.zeros(lanes, bool)
+    )
+    attempts = jnp.where(failed | ~used, 0, attempts)
+    cotangents = [jnp.where(failed, 0.0, ct) for ct in cotangents]
+    results, scratch = body.backward_buffers(solve, record, wrt)
+    kernel = body.backward(solve, record, wrt)
+    kernel_inputs = [*inputs, attempts, *recorded, *cotangents]
+    lane = [*solve.lane, *[True] * (len(kernel_inputs) - len(inputs))]
+    raw = xla.run(kernel, kernel_inputs, lane, results, scratch, lanes, solve.block)
+    poison = failed & used
+    return [
+        _with_failures(value, buffer, has_lanes, failed, poison)
+        for value, buffer, has_lanes in zip(raw, results, [f for f, w in zip(solve.lane, wrt, strict=True) if w], strict=True)
+    ]
+
+
+def _with_failures(
+    value: jax.Array, buffer: Buffer, has_lanes: bool, failed: jax.Array, poison: jax.Array
+) -> jax.Array:
+    nan = jnp.asarray(jnp.nan, value.dtype)
+    if not buffer.lanes:
+        return jnp.where(jnp.any(poison), nan, value)
+    value = jnp.where(failed, jnp.where(poison, nan, 0.0), value)
+    return value if has_lanes else jnp.sum(value, axis=-1)
+
+
+def _parts(operands: Sequence[Any], solve: Solve) -> tuple[Any, ...]:
+    """inputs, status, attempts, recorded, cotangents."""
+    n, n_y = len(solve.lane), len(solve.field.y_shapes)
+    return operands[:n], operands[n], operands[n + 1], operands[n + 2 : -n_y], operands[-n_y:]
+
+
+def _pull_back_abstract(*operands: Any, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[Any]:
+    return _abstract([jax.ShapeDtypeStruct(a.shape, a.dtype) for a, w in zip(operands, wrt, strict=False) if w])
+
+
+def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]) -> list[jax.Array]:
+    """Values, status and counts, then tangents of the values: JAX's forward mode through the portable runner's loops.
+
+    Step sizes and decisions are comparisons and stopped gradients in the body, so the tangents ride along.
+    """
+    n = len(solve.lane)
+    inputs, given = operands[:n], iter(operands[n:])
+    some = [value for value, has in zip(inputs, active, strict=True) if has]
+
+    def values(*some: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        mine = iter(some)
+        results = _solve(*[next(mine) if a else x for x, a in zip(inputs, active, strict=True)], solve=solve, record=None)
+        count = len(solve.field.y_shapes)
+        return results[:count], results[count:]
+
+    primal, tangent, rest = jax.jvp(values, some, list(given), has_aux=True)
+    sound = rest[0] == body.SUCCESS
+    return [*primal, *rest, *[jnp.where(sound, t, jnp.nan) for t in tangent]]
+
+
+def _solve_tangents_abstract(*operands: Any, solve: Solve, active: tuple[bool, ...]) -> list[Any]:
+    results = _solve_abstract(*operands[: len(solve.lane)], solve=solve, record=None)
+    return [*results, *results[: len(solve.field.y_shapes)]]
+
+
+solve_p = _define("pykernels_solve", _solve, _solve_abstract)
+pull_back_p = _define("pykernels_pull_back", _pull_back, _pull_back_abstract)
+solve_tangents_p = _define("pykernels_solve_tangents", _solve_tangents, _solve_tangents_abstract)
+
+
+def _merge_lanes(value: jax.Array, dim: int | None, has_lanes: bool, size: int, lanes: int) -> jax.Array:
+    """Give a value the lanes (batch, lane) merged into one last axis; a shared value is repeated."""
+    if dim is None:
+        value = jnp.broadcast_to(value[..., None, :] if has_lanes else value[..., None, None],
+                                 (*(value.shape[:-1] if has_lanes else value.shape), size, lanes))
+    elif has_lanes:
+        value = jnp.moveaxis(value, dim, -2)
+    else:
+        value = jnp.moveaxis(value, dim, -1)
+        value = jnp.broadcast_to(value[..., None], (*value.shape, lanes))
+    return value.reshape(*value.shape[:-2], size * lanes)
+
+
+def _split_lanes(value: jax.Array, size: int) -> jax.Array:
+    return value.reshape(*value.shape[:-1], size, -1)
+
+
+def _batch_size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+
+def _batched_lanes(
+    solve: Solve, operands: Sequence[Any], dims: Sequence[int | None], always: Sequence[bool]
+) -> tuple[Solve, list[Any], int, int]:
+    """The solve and operands of a batch of ensembles as one ensemble. A shared input stays shared unless it is batched or
+    `always` asks for lanes; operands behind the inputs always have lanes."""
+    size = _batch_size(operands, dims)
+    y, d = operands[solve.first_y], dims[solve.first_y]
+    lanes = y.shape[-1] if d is None or d % y.ndim != y.ndim - 1 else y.shape[-2]
+    n = len(solve.lane)
+    had = [*solve.lane, *[True] * (len(operands) - n)]
+    becomes = [h or d is not None or a for h, d, a in zip(had, dims, [*always, *[True] * (len(operands) - n)], strict=True)]
+    merged = [
+        _merge_lanes(x, d, h, size, lanes) if b else x for x, d, h, b in zip(operands, dims, had, becomes, strict=True)
+    ]
+    return solve.with_lanes(becomes[:n]), merged, size, lanes
+
+
+def _solve_batch(operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record | None) -> Any:
+    solve, merged, size, _ = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
+    results = solve_p.bind(*merged, solve=solve, record=record)
+    split = [_split_lanes(r, size) for r in results]
+    return split, [r.ndim - 2 for r in split]
+
+
+def _pull_back_batch(
+    operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record, wrt: tuple[bool, ...]
+) -> Any:
+    # A shared input whose cotangent is wanted needs one per batch element: it gets lanes here and its sum over the
+    # ensemble's own lanes below.
+    before = solve
+    solve, merged, size, lanes = _batched_lanes(solve, operands, dims, wrt)
+    results = pull_back_p.bind(*merged, solve=solve, record=record, wrt=wrt)
+    split = [_split_lanes(r, size) for r in results]
+    had = [h for h, w in zip(before.lane, wrt, strict=True) if w]
+    split = [r if h else jnp.sum(r, axis=-1) for r, h in zip(split, had, strict=True)]
+    return split, [r.ndim - 2 if h else r.ndim - 1 for r, h in zip(split, had, strict=True)]
+
+
+def _solve_tangents_batch(
+    operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, active: tuple[bool, ...]
+) -> Any:
+    n = len(solve.lane)
+    tangent_of = [i for i, a in enumerate(active) if a]
+    # A tangent has lanes exactly where its input has.
+    needed = [False] * n
+    for position, i in enumerate(tangent_of):
+        needed[i] = dims[i] is not None or dims[n + position] is not None
+    size = _batch_size(operands, dims)
+    inner, merged, _, lanes = _batched_lanes(solve, operands[:n], dims[:n], needed) if any(
+        d is not None for d in dims[:n]
+    ) else _with_size(solve, operands[:n], size, needed)
+    tangents = [
+        _merge_lanes(x, d, solve.lane[i], size, lanes) if inner.lane[i] else x
+        for x, d, i in zip(operands[n:], dims[n:], tangent_of, strict=True)
+    ]
+    results = solve_tangents_p.bind(*merged, *tangents, solve=inner, active=active)
+    split = [_split_lanes(r, size) for r in results]
+    if any(d is not None for d in dims[:n]):
+        return split, [r.ndim - 2 for r in split]
+    # Values that depend on nothing batched are not batched: JAX's forward mode counts on it.
+    values = len(split) - len(solve.field.y_shapes)
+    return [r[..., 0, :] for r in split[:values]] + split[values:], [None] * values + [r.ndim - 2 for r in split[values:]]
+
+
+def _with_size(
+    solve: Solve, inputs: Sequence[Any], size: int, needed: Sequence[bool]
+) -> tuple[Solve, list[Any], int, int]:
+    """`_batched_lanes` where only tangents are batched."""
+    lanes = _lanes(inputs, solve)
+    becomes = [h or n for h, n in zip(solve.lane, needed, strict=True)]
+    merged = [
+        _merge_lanes(x, None, h, size, lanes) if b else x for x, h, b in zip(inputs, solve.lane, becomes, strict=True)
+    ]
+    return solve.with_lanes(becomes), merged, size, lanes
+
+
+batching.primitive_batchers[solve_p] = _solve_batch
+batching.primitive_batchers[pull_back_p] = _pull_back_batch
+batching.primitive_batchers[solve_tangents_p] = _solve_tangents_batch
+
+NO_REVERSE_MODE = (
+    "adjoint=ForwardOnly() supports jax.jvp and jax.jacfwd only. For jax.grad, jax.vjp and jax.jacrev use "
+    "adjoint=Milestones() (the default) or adjoint=BoundedTree()."
+)
+
+
+def _solve_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, solve: Solve, record: Record | None) -> Any:
+    if record is not None:
+        raise TypeError("forward-mode differentiation of a recorded solve (forward over reverse) is not supported: "
+                        "use adjoint=BoundedTree() for second derivatives")  # fmt: skip
+    active = tuple(
+        not isinstance(t, ad.Zero) and jnp.issubdtype(p.dtype, jnp.floating) for p, t in zip(primals, tangents, strict=True)
+    )
+    given = [t for t, a in zip(tangents, active, strict=True) if a]
+    results = solve_tangents_p.bind(*primals, *given, solve=solve, active=active)
+    count = len(solve.field.y_shapes)
+    values, rest, out = results[:count], results[count : count + 3], results[count + 3 :]
+    zeros = [ad.Zero(jax.core.ShapedArray(r.shape, jax.dtypes.float0)) for r in rest]
+    return [*values, *rest], [*out, *zeros]
+
+
+def _refuse_reverse_mode(*operands: Any, solve: Solve, active: tuple[bool, ...]) -> Any:
+    del operands, solve, active
+    raise TypeError(NO_REVERSE_MODE)
+
+
+ad.primitive_jvps[solve_p] = _solve_jvp
+# Reverse mode first splits a function into what is known now and what is linear in unknown tangents, then transposes.
+partial_eval.custom_partial_eval_rules[solve_tangents_p] = _refuse_reverse_mode
+ad.primitive_transposes[solve_tangents_p] = _refuse_reverse_mode
+
+
+def _any_lane_abstract(mask: Any) -> Any:
+    return jax.core.ShapedArray((), np.dtype(bool))
+
+
+any_lane_p = jex.Primitive("pykernels_any_lane")
+any_lane_p.def_impl(lambda mask: jnp.any(mask))
+any_lane_p.def_abstract_eval(_any_lane_abstract)
+mlir.register_lowering(any_lane_p, mlir.lower_fun(lambda mask: jnp.any(mask), multiple_results=False))
+batching.primitive_batchers[any_lane_p] = lambda operands, dims: (any_lane(operands[0]), None)
