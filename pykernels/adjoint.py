@@ -79,7 +79,7 @@ class Milestones:
 
     def memory(self, solve: Solve) -> int:
         record = self.record(solve)
-        kept = body.forward_buffers(solve, record)[len(solve.field.y_shapes) + 3 :]
+        kept = body.forward_buffers(solve, record)[len(solve.field.y_shapes) + 1 :]
         _, scratch = body.backward_buffers(solve, record, [True] * len(solve.lane))
         return sum(math.prod(b.shape) * np.dtype(b.dtype).itemsize for b in (*kept, *scratch))
 

@@ -28,7 +28,9 @@ def solve(inputs: Sequence[jax.Array], solve: Solve, record: Record | None = Non
     Returns the values' leaves `([saves,] *shape, lanes)`, NaN for failed lanes, then per lane status, attempts and accepted
     attempts (int32), then, with `record`, what `pull_back` needs.
     """
-    return solve_p.bind(*inputs, solve=solve, record=record)
+    count = len(solve.field.y_shapes)
+    results = solve_p.bind(*inputs, solve=solve, record=record)
+    return [*results[:count], *results[count], *results[count + 1 :]]
 
 
 def pull_back(
@@ -83,7 +85,7 @@ def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.
     buffers = body.forward_buffers(solve, record)
     results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
     count = len(solve.field.y_shapes)
-    sound = results[count] == body.SUCCESS
+    sound = results[count][0] == body.SUCCESS
     return [jnp.where(sound, value, jnp.nan) for value in results[:count]] + results[count:]
 
 
@@ -148,7 +150,7 @@ def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]
         return results[:count], results[count:]
 
     primal, tangent, rest = jax.jvp(values, some, list(given), has_aux=True)
-    sound = rest[0] == body.SUCCESS
+    sound = rest[0][0] == body.SUCCESS
     return [*primal, *rest, *[jnp.where(sound, t, jnp.nan) for t in tangent]]
 
 
@@ -279,7 +281,7 @@ def _solve_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, solve: Solve,
     given = [t for t, a in zip(tangents, active, strict=True) if a]
     results = solve_tangents_p.bind(*primals, *given, solve=solve, active=active)
     count = len(solve.field.y_shapes)
-    values, rest, out = results[:count], results[count : count + 3], results[count + 3 :]
+    values, rest, out = results[:count], results[count : count + 1], results[count + 1 :]
     zeros = [ad.Zero(jax.core.ShapedArray(r.shape, jax.dtypes.float0)) for r in rest]
     return [*values, *rest], [*out, *zeros]
 

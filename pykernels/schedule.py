@@ -40,16 +40,18 @@ class Record:
 def record_for(max_steps: int, count: int | None = None, scratch: int | None = None) -> Record:
     """The storage for at most `max_steps` attempts; both sizes default to about sqrt(max_steps).
 
-    `scratch` is rounded up to a multiple of 32 beyond 32 (a word of decisions never spans two segments), `count` up to an
-    odd number. With the defaults the buffer never overflows, so every attempt is replayed exactly once.
+    `scratch` is rounded up to a multiple of 32 beyond 32 (a word of decisions never spans two segments), `count` up to the
+    next odd number of slots. Up to `count * scratch` attempts, and so always with the defaults, the buffer never overflows
+    and every attempt is replayed exactly once.
     """
     root = math.isqrt(max(max_steps, 1) - 1) + 1
     base = min(scratch if scratch is not None else root, max(max_steps, 1))
     if base > 32:
         base = -(-base // 32) * 32
     if count is None:
-        count = -(-max_steps // base) + 1
-    return Record(count=max(count | 1, 3), base=base, burst=min(base, 32))
+        count = -(-max_steps // base)
+    # A milestone in the last slot doubles the stride, so `count` segments need one slot more.
+    return Record(count=max((count + 1) | 1, 3), base=base, burst=min(base, 32))
 
 
 def slot(attempt, record: Record):

@@ -276,7 +276,7 @@ class _Problem:
         kind, reason = _plan(traced, lane[len(times) + len(rows) :], config)
         spec = Solve(
             traced, method, step, max_steps, dt0 is not None, saves.shape[-1] if rows else None, kind, tuple(lane),
-            config.block or xla.BLOCK,
+            config.block or xla.default_block(dtype),
         )  # fmt: skip
         return _Problem(spec, inputs, lanes_count, reason, jax.tree.structure(y), in_axes is None, saves)
 
@@ -450,7 +450,8 @@ def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
 
 
 def _evaluations(spec: Solve, attempts: jax.Array) -> jax.Array:
-    """Field evaluations: an FSAL method's first stage is the last of the step before."""
-    per_attempt = spec.method.stages - spec.method.fsal
-    first = int(spec.method.fsal or spec.adaptive) + int(spec.adaptive and not spec.has_dt0)
+    """Field evaluations of the integration itself (not those of interpolants that need further stages)."""
+    saved = spec.carries_stage or (spec.method.fsal and not spec.adaptive)  # the last stage only serves the error
+    first = int(spec.carries_stage or spec.adaptive) + int(spec.adaptive and not spec.has_dt0)
+    per_attempt = spec.method.stages - saved
     return attempts * per_attempt + first

@@ -117,8 +117,13 @@ def windows(t, y, p):
 
 
 def moving_windows(t, y, p, i):
-    part = lax.dynamic_slice(y, (i,), (2,)) + lax.dynamic_slice(p, (i,), (2,))
+    part = lax.dynamic_slice(y, (i.astype(int),), (2,)) + lax.dynamic_slice(p, (i,), (2,))
     return lax.dynamic_update_slice(p, part * y[0], (i,)) + y.at[i].set(p[0]) + y.at[i].add(p[1])
+
+
+def shared_window(t, y, p, i):
+    i = i.astype(int)
+    return lax.dynamic_update_slice(y, lax.dynamic_slice(y * p, (i,), (2,)), (i - 1,)) + y[i]
 
 
 def interpolating(t, y, xs, fs):
@@ -236,7 +241,7 @@ def _(primals, tangents):
 
 @jax.custom_vjp
 def odd_product(x, p, n):
-    return x * p * n.astype(x.dtype), jnp.sum(x)
+    return x * p * n.astype(x.dtype), jnp.sum(x) * p * n.astype(x.dtype)
 
 
 def _odd_product_backward(residuals, cotangents):
@@ -286,6 +291,9 @@ CASES = {
     "dense, lane operands": Case(dense, (12,), ((), (12, 12)), (True, True)),
     "bodies": Case(bodies, (2, 3, 2), ((3,),), (False,)),
     "cond": Case(branching, (4,), ((4,),), (False,)),
+    "window at a shared index": Case(
+        shared_window, (4,), ((4,), I32(2)), (False, False), "dynamic_slice at an index"
+    ),
     "cond on a shared value": Case(branching_on_shared, (4,), ((4,),), (False,)),
     "switch": Case(switching, (4,), ((4,), I32(2)), (False, True)),
     "switch, shared": Case(switching, (4,), ((4,), I32(1)), (False, False)),
@@ -427,7 +435,7 @@ def test_lifts_equal_vmap(name: str, dtype: Any, block: int) -> None:
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(*inputs: Any) -> Any:
         expected = with_gradients(oracle(s), weights)(*inputs)
-        quick = [a for a in lifted if a.kind != "components" or lanes.operation_count(s.jaxpr) < 200]
+        quick = [a for a in lifted if a.kind != "components" or lanes.operation_count(s.jaxpr) < 150]
         return (
             expected,
             [with_gradients(as_function(a), weights)(*inputs) for a in quick],
@@ -469,9 +477,12 @@ def test_components_with_shared_operands_spread(name: str) -> None:
     close([g if k else g.sum(-1) for g, k in zip(gradients, floats, strict=True)], expected_gradients)
 
 
-SHARED = [
-    n for n, c in CASES.items() if not all(k or isinstance(o, np.ndarray) for o, k in zip(c.operands, c.lane))
-]
+def has_shared(name: str) -> bool:
+    case = CASES[name]
+    return not all(k or isinstance(o, np.ndarray) for o, k in zip(case.operands, case.lane, strict=True))
+
+
+SHARED = [n for n in CASES if has_shared(n) and (not n.startswith("perceptron") or n.endswith("relu"))]
 
 
 def shared_gradients(
@@ -549,6 +560,34 @@ def test_branch_not_taken_has_no_derivative(kind: str) -> None:
     np.testing.assert_allclose(outs[0], [v for v, _ in each])
     np.testing.assert_allclose(dy, [g[0] * c for (_, g), c in zip(each, w, strict=True)])
     np.testing.assert_allclose(jnp.sum(dp), sum(g[1] * c for (_, g), c in zip(each, w, strict=True)))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "components"])
+def test_custom_vjp_result_that_depends_on_no_lane(kind: str) -> None:
+    """Against the sum over trajectories: here `jax.vmap` (0.10.2) counts the second result once per lane too often."""
+
+    @jax.custom_vjp
+    def product(x: Any, p: Any) -> Any:
+        return x * p, jnp.sin(p)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        x, p = residuals
+        return 3 * cotangents[0] * p, cotangents[0] * x + 7 * cotangents[1]
+
+    product.defvjp(lambda x, p: (product(x, p), (x, p)), backward)
+
+    def field(t: Any, y: Any, p: Any) -> Any:
+        return product(y, p)[0] + product(p, 2 * p)[1] + product(y, p)[1]
+
+    y, p, t = np.array([0.3, 0.5, -1.0, 2.0]), np.array(1.5), np.zeros(4)
+    s = lanes_of(field, t, y, p, lane=(True, True, False))
+    function = as_function(lanes.lift(s.jaxpr, s.lane, kind, differentiated=True))
+    (out,), (_, dy, dp) = with_gradients(function, weights)(*s.inputs)
+    each = [jax.value_and_grad(field, (1, 2))(0.0, a, p) for a in y]
+    w = weights(0, out)
+    np.testing.assert_allclose(out, [v for v, _ in each])
+    np.testing.assert_allclose(dy, [g[0] * c for (_, g), c in zip(each, w, strict=True)])
+    np.testing.assert_allclose(dp, sum(g[1] * c for (_, g), c in zip(each, w, strict=True)))
 
 
 def newton(t, y, p):
@@ -723,6 +762,7 @@ bad_rule.defjvp(lambda p, t: (bad_rule(*p), jnp.linalg.solve(jnp.eye(3), t[0])))
         (lambda y: lax.reshape(jnp.outer(y, y), (9,), dimensions=(1, 0)), "reshape"),
         (bad_rule, "lu"),
     ],
+    ids=[f"{i}" for i in range(14)],
 )
 def test_unsupported_is_named(function: Any, expected: str) -> None:
     jaxpr = jax.make_jaxpr(lambda t, y: function(y))(0.0, np.ones(3))
@@ -822,7 +862,7 @@ INSTRUCTIONS: dict[str, Callable[[Any, Any, int], Any]] = {
     "cond": lambda x, y, k: lax.cond(y.sum() > 0, lambda x: jnp.sin(x), lambda x: x * y.max(), x),
     "scan": lambda x, y, k: lax.scan(lambda c, r: (jnp.sin(c * r + x), c.sum()), x, fit(y, (3,)), reverse=k % 2 == 0)[k % 2],
     "loop": lambda x, y, k: lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c + i.astype(c.dtype) * y.mean()), x),
-    "integers": lambda x, y, k: x * (jnp.floor(jnp.clip(3 * fit(y, x.shape), -9, 9)).astype(int) % 3 - k % 2).astype(x.dtype),
+    "integers": lambda x, y, k: x * (jnp.floor(jnp.clip(3 * fit(y, x.shape), -9, 9)).astype(int) % 3).astype(x.dtype),
     "softmax": lambda x, y, k: jax.nn.softmax(vector(x), axis(vector(x), k)),
     "relu": lambda x, y, k: jax.nn.relu(x) + jax.nn.softplus(y.sum()),
     "odd": lambda x, y, k: odd_square(x, jnp.sin(y.sum()), jnp.int32(k))[0] / 20,
@@ -832,7 +872,7 @@ INSTRUCTIONS: dict[str, Callable[[Any, Any, int], Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(INSTRUCTIONS)), *[st.integers(0, 7)] * 3), min_size=1, max_size=7

@@ -74,6 +74,12 @@ class Solve:
         return self.first_y + len(self.field.y_shapes)
 
     @property
+    def carries_stage(self) -> bool:
+        """Whether an FSAL method's last stage is carried to the next attempt. Not for small fields (components): XLA:CPU
+        computes a whole attempt again for every value its loop carries, which costs more than the stage saves."""
+        return self.method.fsal and self.kind != "components"
+
+    @property
     def adaptive(self) -> bool:
         return isinstance(self.step, Adaptive)
 
@@ -98,7 +104,7 @@ class State(NamedTuple):
     h: Float[Array, " lanes"] | None  # size of the next attempt, positive
     memory: tuple[Float[Array, " lanes"], ...]  # the controller's
     y: Pieces
-    k0: Pieces | None  # the first stage, carried when FSAL
+    k0: Pieces | None  # the first stage, if carried
     status: Int32[Array, " lanes"] | None
     attempts: Int32[Array, " lanes"] | None
     accepted: Int32[Array, " lanes"] | None
@@ -202,9 +208,9 @@ class Stepper:
 
     def begin(self, y: Pieces) -> State:
         tableau, solve = self.method.tableau, self.solve
-        k0 = self.method.field(self.t0, y, self.operands) if tableau.fsal or solve.adaptive else None
+        k0 = self.method.field(self.t0, y, self.operands) if solve.carries_stage or solve.adaptive else None
         if not solve.adaptive:
-            return State(None, None, None, (), y, k0 if tableau.fsal else None, None, None, None)
+            return State(None, None, None, (), y, k0 if solve.carries_stage else None, None, None, None)
         if self.dt0 is not None:
             h = limit(solve.step, abs(self.dt0))
         else:
@@ -215,7 +221,7 @@ class Stepper:
         done = jnp.where(self.t0 == self.t1, SUCCESS, RUNNING)
         status = jnp.where(sound, done, NON_FINITE).astype(jnp.int32)
         return State(
-            self.t0, zero, h, (zero,) * solve.step.memory, y, k0 if tableau.fsal else None, status, count, count
+            self.t0, zero, h, (zero,) * solve.step.memory, y, k0 if solve.carries_stage else None, status, count, count
         )
 
     def _euler(self, h: Array, y: Pieces, k0: Pieces) -> Pieces:
@@ -246,7 +252,7 @@ class Stepper:
             live, last = i < self.steps, i + 1 == self.steps
             h = jnp.where(last, self.t1 - t, self.h)
         k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
-        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=self.method.tableau.fsal)
+        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=self.solve.carries_stage)
         new = y1 if self.steps is None else _where(live, y1, state.y)
         last_stage = stages[-1] if state.k0 is not None else None
         if last_stage is not None and self.steps is not None:
@@ -341,53 +347,69 @@ class _Reader:
         return self.refs[index][row, :] if self.solve.lane[index] else self.refs[index][row]
 
 
-class _Milestones:
-    """Rows of a milestone buffer: what restarts a segment."""
+class _Rows:
+    """Rows of lane vectors in a few buffers: one for scalars per lane, one per leaf of the state."""
 
-    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any]) -> None:
-        self.solve, self.method, self.refs = solve, method, list(refs)
+    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any], scalars: int) -> None:
+        self.shapes, self.method, self.scalars = solve.field.y_shapes, method, scalars
+        self.scalar_ref, self.leaf_refs = (refs[0], refs[1:]) if scalars else (None, refs)
 
     @staticmethod
-    def buffers(solve: Solve, rows: int) -> list[Buffer]:
-        scalars = 3 + solve.step.memory if isinstance(solve.step, Adaptive) else 0
-        dtype = solve.field.dtype
-        return [Buffer((rows,), dtype)] * scalars + [Buffer((rows, *shape), dtype) for shape in solve.field.y_shapes]
+    def buffers(solve: Solve, rows: int, scalars: int) -> list[Buffer]:
+        first = [Buffer((rows, scalars), solve.field.dtype)] if scalars else []
+        return first + [Buffer((rows, *shape), solve.field.dtype) for shape in solve.field.y_shapes]
+
+    def write(self, row: Array, scalars: Sequence[Array], y: Pieces) -> None:
+        for i, value in enumerate(scalars):
+            self.scalar_ref[row, i, :] = value  # type: ignore[index]
+        for (ref, at), piece in zip(self._places(), y, strict=True):
+            ref[(row, *at, ...)] = piece
+
+    def read(self, row: Array) -> tuple[list[Array], Pieces]:
+        scalars = [self.scalar_ref[row, i, :] for i in range(self.scalars)]  # type: ignore[index]
+        return scalars, [ref[(row, *at, ...)] for ref, at in self._places()]
+
+    def _places(self) -> list[tuple[Any, tuple[int, ...]]]:
+        pairs = zip(self.leaf_refs, self.shapes, strict=True)
+        return [(ref, at) for ref, shape in pairs for at in self.method.lift.pieces(shape)]
+
+
+class _Milestones:
+    """What restarts a segment, in rows: (t, low, h, controller memory) for adaptive steps, and the state."""
+
+    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any]) -> None:
+        self.solve = solve
+        self.rows = _Rows(solve, method, refs, self.scalars(solve))
+
+    @staticmethod
+    def scalars(solve: Solve) -> int:
+        return 3 + solve.step.memory if isinstance(solve.step, Adaptive) else 0
+
+    @classmethod
+    def buffers(cls, solve: Solve, rows: int) -> list[Buffer]:
+        return _Rows.buffers(solve, rows, cls.scalars(solve))
 
     def save(self, row: Array, state: State) -> None:
-        values = (state.t, state.low, state.h, *state.memory) if self.solve.adaptive else ()
-        for ref, value in zip(self.refs, values, strict=False):
-            ref[row, :] = value
-        position = 0
-        for ref, shape in zip(self.refs[len(values) :], self.solve.field.y_shapes, strict=True):
-            for at in self.method.lift.pieces(shape):
-                ref[(row, *at, ...)] = state.y[position]
-                position += 1
+        self.rows.write(row, (state.t, state.low, state.h, *state.memory) if self.solve.adaptive else (), state.y)
 
     def restore(self, row: Array, stepper: Stepper, start: Array) -> State:
-        """The state at a milestone; the first stage is evaluated again, cheaper than storing it."""
-        count = 3 + self.solve.step.memory if isinstance(self.solve.step, Adaptive) else 0
-        values = [ref[row, :] for ref in self.refs[:count]]
-        y = [
-            ref[(row, *at, ...)]
-            for ref, shape in zip(self.refs[count:], self.solve.field.y_shapes, strict=True)
-            for at in self.method.lift.pieces(shape)
-        ]
-        t, low, h = values[:3] if count else (None, None, None)
+        """The state at a milestone; a carried first stage is evaluated again, cheaper than storing it."""
+        scalars, y = self.rows.read(row)
+        t, low, h = scalars[:3] if scalars else (None, None, None)
         at = t if t is not None else stepper.time(start)
-        k0 = self.method.field(at, y, stepper.operands) if self.method.tableau.fsal else None
-        return State(t, low, h, tuple(values[3:]), y, k0, None, None, None)
+        k0 = stepper.method.field(at, y, stepper.operands) if self.solve.carries_stage else None
+        return State(t, low, h, tuple(scalars[3:]), y, k0, None, None, None)
 
 
 def forward_buffers(solve: Solve, record: Record | None) -> list[Buffer]:
-    """Results of the forward body: the values' leaves, status, attempts, accepted; with `record`, stride, decision
-    words (adaptive only) and milestone rows."""
+    """Results of the forward body: the values' leaves; status, attempts and accepted attempts as rows of one buffer; with
+    `record`, decisions (row 0 the stride, then words of decisions if adaptive) and milestone rows."""
     dtype, rows = solve.field.dtype, () if solve.saves is None else (solve.saves,)
     buffers = [Buffer((*rows, *shape), dtype) for shape in solve.field.y_shapes]
-    buffers += [Buffer((), np.dtype(np.int32))] * 3
+    buffers.append(Buffer((3,), np.dtype(np.int32)))
     if record is not None:
-        buffers.append(Buffer((), np.dtype(np.int32)))
-        if solve.adaptive:
-            buffers.append(Buffer((record.words(solve.max_steps),), np.dtype(np.int32)))
+        words = record.words(solve.max_steps) if solve.adaptive else 0
+        buffers.append(Buffer((1 + words,), np.dtype(np.int32)))
         buffers += _Milestones.buffers(solve, record.count)
     return buffers
 
@@ -399,8 +421,8 @@ def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
     def body(*refs: Any) -> None:
         method = Method(solve, differentiated=False)
         reader = _Reader(solve, method, refs[:n_inputs])
-        value_refs, counters = refs[n_inputs : n_inputs + n_y], refs[n_inputs + n_y : n_inputs + n_y + 3]
-        record_refs = refs[n_inputs + n_y + 3 :]
+        value_refs, counts_ref = refs[n_inputs : n_inputs + n_y], refs[n_inputs + n_y]
+        record_refs = refs[n_inputs + n_y + 1 :]
         operands = [
             reader.pieces(solve.first_operand + i, struct.shape) for i, struct in enumerate(solve.field.operands)
         ]
@@ -431,7 +453,7 @@ def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
             _, state, _, _ = attempts(zero, bound, state, pointer, None)
         else:
             state = _recorded(solve, method, record, record_refs, stepper, state, pointer, bound, attempts)
-        _store_results(solve, method, stepper, state, value_refs, counters)
+        _store_results(solve, method, stepper, state, value_refs, counts_ref)
 
     return body
 
@@ -441,8 +463,7 @@ def _recorded(
     bound: Any, attempts: Callable[..., tuple[Any, ...]],
 ) -> State:  # fmt: skip
     """The forward loop with milestones: segments, in them bursts that share a word of decisions, in them attempts."""
-    stride_ref, words_ref = refs[0], refs[1] if solve.adaptive else None
-    rows = _Milestones(solve, method, refs[2:] if solve.adaptive else refs[1:])
+    decisions_ref, rows = refs[0], _Milestones(solve, method, refs[1:])
 
     def go_on(carry: tuple[Any, ...]) -> Array:
         return (carry[0] < bound) & stepper.running(carry[2])
@@ -452,7 +473,7 @@ def _recorded(
         rows.save(schedule.slot(i, record), state)
         stride, end = schedule.segment(i, stride, record)
         end = jnp.minimum(end, bound)
-        if words_ref is None:
+        if not solve.adaptive:
             i, state, pointer, _ = attempts(i, end, state, pointer, None)
             return i, stride, state, pointer
 
@@ -461,7 +482,7 @@ def _recorded(
             stop = jnp.minimum(start + record.burst, end)
             empty = jnp.zeros(stepper.t0.shape, jnp.int32)
             i, state, pointer, word = attempts(start, stop, state, pointer, empty)
-            words_ref[start // record.burst, :] = word
+            decisions_ref[1 + start // record.burst, :] = word
             return i, state, pointer
 
         i, state, pointer = lax.while_loop(
@@ -470,18 +491,17 @@ def _recorded(
         return i, stride, state, pointer
 
     _, stride, state, _ = lax.while_loop(go_on, segment, (jnp.int32(0), jnp.int32(record.base), state, pointer))
-    stride_ref[...] = jnp.broadcast_to(stride, stepper.t0.shape)
+    decisions_ref[0, :] = jnp.broadcast_to(stride, stepper.t0.shape)
     return state
 
 
 def _store_results(
-    solve: Solve, method: Method, stepper: Stepper, state: State, value_refs: Sequence[Any], counters: Sequence[Any]
+    solve: Solve, method: Method, stepper: Stepper, state: State, value_refs: Sequence[Any], counts_ref: Any
 ) -> None:
     if solve.saves is None:
         _store_leaves(method, value_refs, solve.field.y_shapes, state.y)
-    status, attempts, accepted = outcome(solve, stepper, state)
-    for ref, value in zip(counters, (status, attempts, accepted), strict=True):
-        ref[...] = value.astype(jnp.int32)
+    for row, value in enumerate(outcome(solve, stepper, state)):
+        counts_ref[row, :] = value.astype(jnp.int32)
 
 
 def outcome(solve: Solve, stepper: Stepper, state: State) -> tuple[Array, Array, Array]:
@@ -578,12 +598,15 @@ def backward_buffers(solve: Solve, record: Record, wrt: Sequence[bool]) -> tuple
         if wrt[i]
     ]
     dtype = solve.field.dtype
-    scalars = (4 if any(wrt[: 2 + solve.has_dt0]) else 2) if solve.adaptive else 0
-    scratch = [Buffer((record.scratch,), dtype)] * scalars
-    scratch += [Buffer((record.scratch, *shape), dtype) for shape in solve.field.y_shapes]
+    scratch = _Rows.buffers(solve, record.scratch, _noted_scalars(solve, wrt))
     for rows in _replay_rows(solve, record):
         scratch += _Milestones.buffers(solve, rows)
     return results, scratch
+
+
+def _noted_scalars(solve: Solve, wrt: Sequence[bool]) -> int:
+    """Scalars noted per replayed attempt: t and h, and how the step size came about if time is differentiated."""
+    return (4 if any(wrt[: 2 + solve.has_dt0]) else 2) if solve.adaptive else 0
 
 
 def input_shapes(solve: Solve) -> list[tuple[int, ...]]:
@@ -616,8 +639,8 @@ class _Cotangents(NamedTuple):
 def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[..., None]:
     """The backward body: from cotangents of the forward body's values to those of its inputs.
 
-    Refs: the inputs; attempts (0 for lanes whose cotangents are all zero or that failed), stride, decision words (adaptive
-    only), milestone rows; the values' cotangents; then `backward_buffers`.
+    Refs: the inputs; attempts (0 for lanes whose cotangents are all zero or that failed), decisions, milestone rows; the
+    values' cotangents; then `backward_buffers`.
     """
     n_inputs, n_y = len(solve.lane), len(solve.field.y_shapes)
     n_milestones = len(_Milestones.buffers(solve, record.count))
@@ -625,16 +648,16 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
     def body(*refs: Any) -> None:
         results, scratch = backward_buffers(solve, record, wrt)
         split = _splitter(refs)
-        inputs, (attempts_ref, stride_ref), words = split(n_inputs), split(2), split(int(solve.adaptive))
+        inputs, (attempts_ref, decisions_ref) = split(n_inputs), split(2)
         milestone_refs, cotangent_refs = split(n_milestones), split(n_y)
         result_refs, scratch_refs = split(len(results)), split(len(scratch))
         method = Method(solve, differentiated=True)
         reader = _Reader(solve, method, inputs)
-        pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], words, scratch_refs)
+        pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], decisions_ref, scratch_refs)
         rows = _Milestones(solve, method, milestone_refs)
         pull.attach(cotangent_refs, _result_of(solve, wrt, result_refs, solve.first_y - 1))
         cotangents, target = pull.begin(), (pull.stepper.t1, jnp.zeros_like(pull.stepper.t1))
-        stride, count = jnp.max(stride_ref[...]), jnp.max(pull.attempts)
+        stride, count = jnp.max(decisions_ref[0, :]), jnp.max(pull.attempts)
 
         def segment(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             index, cotangents, target = carry
@@ -673,10 +696,10 @@ class _Pullback:
 
     def __init__(
         self, solve: Solve, record: Record, wrt: Sequence[bool], method: Method, reader: _Reader, attempts: Array,
-        words: Sequence[Any], scratch: Sequence[Any],
+        decisions: Any, scratch: Sequence[Any],
     ) -> None:  # fmt: skip
         self.solve, self.record, self.wrt, self.method, self.reader = solve, record, wrt, method, reader
-        self.attempts, self.words = attempts, words[0] if words else None
+        self.attempts, self.decisions_ref = attempts, decisions
         self.times = any(wrt[: 2 + solve.has_dt0])
         spread = method.lift.spreads_shared
         self.operands = [
@@ -688,8 +711,8 @@ class _Pullback:
         shared = any(w and not lane for w, lane in zip(wrt, solve.lane, strict=True))
         self.masked = shared and not spread
         split = _splitter(scratch)
-        self.scalars = split((4 if self.times else 2) if solve.adaptive else 0)
-        self.states = split(len(solve.field.y_shapes))
+        noted = _noted_scalars(solve, wrt)
+        self.notes = _Rows(solve, method, split(len(_Rows.buffers(solve, 1, noted))), noted)
         self.strides = schedule.replay_strides(solve.max_steps, record)
         size = len(_Milestones.buffers(solve, 1))
         self.levels = [_Milestones(solve, method, split(size)) for _ in self.strides]
@@ -788,21 +811,15 @@ class _Pullback:
 
     def _decisions(self, i: Array) -> tuple[Array, Array]:
         live = i < self.attempts
-        if self.words is None:
+        if not self.solve.adaptive:
             return live, live
-        word = self.words[i // self.record.burst, :]
+        word = self.decisions_ref[1 + i // self.record.burst, :]
         bit = lax.shift_right_logical(word, jnp.broadcast_to(i % self.record.burst, word.shape)) & 1
         return live, live & (bit == 1)
 
     def _note(self, row: Array, taken: Taken) -> None:
         values = (taken.t, taken.h, taken.slope, taken.clipped.astype(taken.t.dtype))
-        for ref, value in zip(self.scalars, values, strict=False):
-            ref[row, :] = value
-        position = 0
-        for ref, shape in zip(self.states, self.solve.field.y_shapes, strict=True):
-            for at in self.method.lift.pieces(shape):
-                ref[(row, *at, ...)] = taken.y[position]
-                position += 1
+        self.notes.write(row, values[: self.notes.scalars], taken.y)
 
     def _walk(self, start: Array, stop: Array, cotangents: _Cotangents, gap: Array | None) -> _Cotangents:
         def go_on(carry: tuple[Any, ...]) -> Array:
@@ -811,15 +828,9 @@ class _Pullback:
         def back(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             i, cotangents, gap = carry
             i = i - 1
-            row = i - start
-            y = [
-                ref[(row, *at, ...)]
-                for ref, shape in zip(self.states, self.solve.field.y_shapes, strict=True)
-                for at in self.method.lift.pieces(shape)
-            ]
+            values, y = self.notes.read(i - start)
             slope = clipped = None
             if self.solve.adaptive:
-                values = [ref[row, :] for ref in self.scalars]
                 t, h = values[:2]
                 accepted = h != 0
                 h = jnp.where(accepted, h + gap, h)

@@ -9,15 +9,21 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pykernels.kernels.body import Buffer
 
-# Lanes per block. Under 32 the loops' own overhead shows, over 256 the working set leaves the first-level caches
-# (measured; DESIGN section 6).
-BLOCK = 64
+# Bytes of one lane vector. XLA:CPU compiles a loop to one function without dispatch per operation while its state is
+# small; twice this size leaves that regime (two to five times slower), half of it shows the loops' own overhead.
+VECTOR_BYTES = 512
 
 
-def block_size(lanes: int, block: int = BLOCK) -> int:
+def default_block(dtype: np.dtype) -> int:
+    """Wanted lanes per block for states of a dtype."""
+    return VECTOR_BYTES // dtype.itemsize
+
+
+def block_size(lanes: int, block: int) -> int:
     """Lanes per block for an ensemble: as equal as possible, so that padding is under one lane per block."""
     blocks = max(-(-lanes // block), 1)
     return -(-lanes // blocks)
@@ -30,7 +36,7 @@ def run(
     results: Sequence[Buffer],
     scratch: Sequence[Buffer],
     lanes: int,
-    block: int = BLOCK,
+    block: int,
 ) -> list[jax.Array]:
     """Run a body over all blocks of an ensemble.
 
