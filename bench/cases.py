@@ -6,6 +6,7 @@ both answers are right, so every pair passes `disagreement` before it is timed.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -129,7 +130,7 @@ def perceptron_inputs(trajectories: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(3)
     sizes = (2, 16, 16, 2)
     layers = [
-        (rng.normal(size=(m, n)) / np.sqrt(n), 0.1 * rng.normal(size=m)) for n, m in zip(sizes, sizes[1:], strict=False)
+        (rng.normal(size=(m, n)) / np.sqrt(n), 0.1 * rng.normal(size=m)) for n, m in itertools.pairwise(sizes)
     ]
     return rng.normal(size=(trajectories, 2)), layers
 
@@ -144,10 +145,14 @@ def cases() -> list[Case]:
     for n in (1_024, 16_384):
         problem = Problem(lorenz, lambda n=n: lorenz_inputs(n), "float32")
         quick = replace(problem, inputs=lambda: lorenz_inputs(32), t1=1.0) if n == 1_024 else None
-        rows.append(Case(f"forward, Lorenz adaptive, {n:,} trajectories, float32", problem, False, 15, quick=quick))
+        rows.append(
+            Case(f"forward, Lorenz adaptive, {n:,} trajectories, float32", problem, False, 15, quick=quick)
+        )
     fixed = Problem(lorenz, lambda: lorenz_inputs(1_024), "float32", fixed_steps=1_000)
     quick = replace(fixed, inputs=lambda: lorenz_inputs(32), fixed_steps=50)
-    rows.append(Case("forward, Lorenz 1,000 fixed steps, 1,024 trajectories, float32", fixed, False, 20, quick=quick))
+    rows.append(
+        Case("forward, Lorenz 1,000 fixed steps, 1,024 trajectories, float32", fixed, False, 20, quick=quick)
+    )
     for dtype, floor in (("float64", 5), ("float32", 9)):
         for n in (1_024, 8_192):
             problem = Problem(lorenz, lambda n=n: lorenz_inputs(n), dtype, t1=1.0, atol=1e-9)
@@ -155,14 +160,13 @@ def cases() -> list[Case]:
             quick = replace(problem, inputs=lambda: lorenz_inputs(32), t1=0.2) if small else None
             name = f"gradient, Lorenz adaptive, {n:,} trajectories, {dtype}"
             rows.append(Case(name, problem, True, floor, quick=quick))
-    million = Problem(lorenz, one_lorenz, "float64", fixed_steps=1_000_000, fixed_step=SMALL_FIXED_STEP, alone=True)
-    # diffrax's default only: fewer checkpoints over so many steps mean more recomputation, and a run takes half a minute.
-    rows.append(
-        Case(
-            "gradient, Lorenz 1,000,000 fixed steps, one trajectory, float64", million, True, 8,
-            quick=replace(million, fixed_steps=1_000), checkpoints=(None,),
-        )  # fmt: skip
+    million = Problem(
+        lorenz, one_lorenz, "float64", fixed_steps=1_000_000, fixed_step=SMALL_FIXED_STEP, alone=True
     )
+    # diffrax's default only: fewer checkpoints over so many steps mean more recomputation, and a run takes half a minute.
+    name = "gradient, Lorenz 1,000,000 fixed steps, one trajectory, float64"
+    quick = replace(million, fixed_steps=1_000)
+    rows.append(Case(name, million, True, 8, quick=quick, checkpoints=(None,)))
     for n in (12, 24):
         for gradient, dtype, floor in ((False, "float32", 3), (True, "float64", 4)):
             problem = Problem(dense(n), lambda n=n: dense_inputs(n, 1_024), dtype, atol=1e-9)
@@ -180,12 +184,16 @@ def cases() -> list[Case]:
     }
     for name, problem in compiled.items():
         quick = problem if name.startswith("perceptron") else None
-        rows.append(Case(f"compile, gradient, {name}, float64", problem, True, 2, True, quick, checkpoints=(None,)))
+        rows.append(
+            Case(f"compile, gradient, {name}, float64", problem, True, 2, True, quick, checkpoints=(None,))
+        )
     alone = Problem(lorenz, one_lorenz, "float64", atol=1e-9, alone=True)
     for gradient in (False, True):
         what = "gradient" if gradient else "forward"
         quick = alone if gradient else None
-        rows.append(Case(f"{what}, Lorenz adaptive, one trajectory, float64", alone, gradient, 1, quick=quick))
+        rows.append(
+            Case(f"{what}, Lorenz adaptive, one trajectory, float64", alone, gradient, 1, quick=quick)
+        )
     return rows
 
 
@@ -260,7 +268,11 @@ def _compiled(final: Callable[[Any, Any], Any], problem: Problem, gradient: bool
         y0s, args = problem.arrays()
         jax.clear_caches()
         start = time.perf_counter()
-        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else forward).lower(args, y0s).compile()
+        compiled = (
+            jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else forward)
+            .lower(args, y0s)
+            .compile()
+        )
         seconds = time.perf_counter() - start
 
     def run() -> Any:
@@ -272,10 +284,11 @@ def _compiled(final: Callable[[Any, Any], Any], problem: Problem, gradient: bool
 def disagreement(case: Case, ours: Any, theirs: Any) -> str | None:
     """Why the two results of a case may not be compared, None if they may.
 
-    They must have made the same attempts: exactly in float64, where both follow the same decisions, and within 2 % in float32,
-    where rounding may turn a borderline one. In float64 the results agree to 1e-9 of the largest value (both round
-    differently, and some trajectories amplify that). In float32 each is held against the float64 solution with the same
-    settings: ours may be no further from it than three times diffrax's distance, or 32 roundings.
+    They must have made the same attempts: exactly in float64, where both follow the same decisions, and within
+    2 % in float32, where rounding may turn a borderline one. In float64 the results agree to 1e-9 of the largest
+    value (both round differently, and some trajectories amplify that). In float32 each is held against the
+    float64 solution with the same settings: ours may be no further from it than three times diffrax's distance,
+    or 32 roundings.
     """
     attempts, their_attempts = (int(np.sum(np.asarray(result[0][1][1]))) for result in (ours, theirs))
     is_double = case.problem.dtype == "float64"

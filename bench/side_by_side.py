@@ -35,7 +35,9 @@ HEADER = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repeat")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each library (default 5)")
@@ -113,11 +115,8 @@ def _compile_line(case: Case, programs: tuple[Program, Program], repeats: int) -
     return _row(case.name, "", "", there / here, case.floor, _time(here), _time(there), *sizes)
 
 
-def _row(
-    name: str, here: str, there: str, ratio: float, floor: float, compiled: str, their_compiled: str, size: str, their_size: str
-) -> str:  # fmt: skip
-    cells = (name, here, there, f"{ratio:.3g}", f"{floor:g}", compiled, their_compiled, size, their_size)
-    return f"| {' | '.join(cells)} |"
+def _row(name: str, here: str, there: str, ratio: float, floor: float, *cells: str) -> str:
+    return f"| {' | '.join((name, here, there, f'{ratio:.3g}', f'{floor:g}', *cells))} |"
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -163,17 +162,17 @@ def _cpu() -> str:
 
 
 def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            break
-    return f"{seconds / scale:.3g} {unit}"
+    return _in_units(seconds, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)))
 
 
 def _bytes(count: int) -> str:
-    for unit, scale in (("MB", 1e6), ("kB", 1e3), ("B", 1.0)):
-        if count >= scale:
-            break
-    return f"{count / scale:.3g} {unit}"
+    return _in_units(count, (("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
+
+
+def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
+    """In the first unit of which it is at least one, else in the last."""
+    unit, scale = next((u for u in units if value >= u[1]), units[-1])
+    return f"{value / scale:.3g} {unit}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def programs(case: Case) -> dict[str, Program]:
 def test_speed(benchmark: BenchmarkFixture, programs: dict[str, Program], case: Case, library: str) -> None:
     benchmark.group = case.name
     program = programs[library]
-    benchmark.extra_info |= {"compile_seconds": program.compile_seconds, "temporary_bytes": program.temporary_bytes}
+    benchmark.extra_info |= {
+        "compile_seconds": program.compile_seconds,
+        "temporary_bytes": program.temporary_bytes,
+    }
     if case.compile_only:
         make = pykernels_program if library == "pykernels" else diffrax_program
         benchmark.pedantic(make, (case.problem, case.gradient), rounds=3)

@@ -20,7 +20,7 @@ from jax import lax
 from pykernels import primitives
 from pykernels.interpolation import dense_weights, weighted_sum
 from pykernels.kernels import body
-from pykernels.kernels.body import Method, Pieces, Solve, State, Stepper
+from pykernels.kernels.stepper import SUCCESS, Method, Pieces, Solve, State, Stepper, outcome
 from pykernels.schedule import Record, record_for
 
 
@@ -214,9 +214,9 @@ def _bounded_tree(adjoint: BoundedTree, solve: Solve, inputs: Sequence[jax.Array
         tree = node(tree)
     final = tree(_Tree(jnp.int32(0), state, rows))
     values = final.state.y if saves is None else final.rows
-    status, attempts, accepted = body.outcome(solve, stepper, final.state)
+    status, attempts, accepted = outcome(solve, stepper, final.state)
     leaves = _unpieces(method, solve, values, () if saves is None else (solve.saves,))
-    return [jnp.where(status == body.SUCCESS, leaf, jnp.nan) for leaf in leaves] + [status, attempts, accepted]
+    return [jnp.where(status == SUCCESS, leaf, jnp.nan) for leaf in leaves] + [status, attempts, accepted]
 
 
 def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree:

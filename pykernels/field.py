@@ -162,7 +162,7 @@ def as_state(y0: PyTree) -> PyTree:
     leaves, tree = jax.tree.flatten(y0)
     arrays = [_as_array(leaf, "y0") for leaf in leaves]
     dtypes = {str(a.dtype) for a in arrays}
-    if not arrays or all(a.size == 0 and 0 in a.shape for a in arrays) and not any(a.ndim for a in arrays):
+    if not arrays or (all(a.size == 0 and 0 in a.shape for a in arrays) and not any(a.ndim for a in arrays)):
         raise ValueError("y0 has no elements: there is nothing to integrate")
     for a in arrays:
         if a.dtype not in (jnp.float32, jnp.float64):

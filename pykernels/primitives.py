@@ -18,7 +18,8 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from pykernels.kernels import body, xla
-from pykernels.kernels.body import Buffer, Solve
+from pykernels.kernels.body import Buffer
+from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
 
 
@@ -85,8 +86,22 @@ def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.
     buffers = body.forward_buffers(solve, record)
     results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
     count = len(solve.field.y_shapes)
-    sound = results[count][0] == body.SUCCESS
-    return [jnp.where(sound, value, jnp.nan) for value in results[:count]] + results[count:]
+    sound = results[count][0] == SUCCESS
+    values = [jnp.where(sound, value, jnp.nan) for value in results[:count]]
+    if solve.saves is not None:
+        inside = _inside(inputs, solve)
+        rows = [inside.reshape(inside.shape[0], *(1,) * (v.ndim - 2), inside.shape[1]) for v in values]
+        values = [jnp.where(row, value, jnp.nan) for row, value in zip(rows, values, strict=True)]
+    return values + results[count:]
+
+
+def _inside(inputs: Sequence[jax.Array], solve: Solve) -> jax.Array:
+    """Which save times lie in the interval, (saves, lanes or 1): the others have no value."""
+    t0, t1, dates = (inputs[i] for i in (0, 1, solve.first_y - 1))
+    dates = dates if solve.lane[solve.first_y - 1] else dates[:, None]
+    forward = t1 >= t0
+    after = jnp.where(forward, dates >= t0, dates <= t0)
+    return after & jnp.where(forward, dates <= t1, dates >= t1)
 
 
 def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[Any]:
@@ -96,7 +111,7 @@ def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[A
 def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[jax.Array]:
     inputs, status, attempts, recorded, cotangents = _parts(operands, solve)
     lanes = _lanes(inputs, solve)
-    failed = status != body.SUCCESS
+    failed = status != SUCCESS
     used = functools.reduce(
         jnp.logical_or, [jnp.any(ct != 0, axis=tuple(range(ct.ndim - 1))) for ct in cotangents], jnp.zeros(lanes, bool)
     )
@@ -150,7 +165,7 @@ def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]
         return results[:count], results[count:]
 
     primal, tangent, rest = jax.jvp(values, some, list(given), has_aux=True)
-    sound = rest[0][0] == body.SUCCESS
+    sound = rest[0][0] == SUCCESS
     return [*primal, *rest, *[jnp.where(sound, t, jnp.nan) for t in tangent]]
 
 

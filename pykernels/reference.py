@@ -14,7 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from pykernels.kernels.body import MAX_STEPS, NON_FINITE, STEP_TOO_SMALL, SUCCESS, Solve
+from pykernels.kernels.stepper import MAX_STEPS, NON_FINITE, STEP_TOO_SMALL, SUCCESS, Solve
 from pykernels.stepsize import Adaptive
 
 _RUNNING = -1

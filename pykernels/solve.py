@@ -15,8 +15,8 @@ import numpy as np
 from pykernels import lanes
 from pykernels.adjoint import Adjoint, Milestones
 from pykernels.field import Field, as_operands, as_state, trace_field
-from pykernels.kernels import body, xla
-from pykernels.kernels.body import Solve
+from pykernels.kernels import stepper, xla
+from pykernels.kernels.stepper import Solve
 from pykernels.stepsize import Adaptive, Fixed
 from pykernels.tableau import ButcherTableau, tsit5
 
@@ -35,10 +35,10 @@ COMPONENT_ELEMENTS = 8
 class Status(IntEnum):
     """Why a trajectory stopped."""
 
-    SUCCESS = body.SUCCESS
-    MAX_STEPS = body.MAX_STEPS
-    STEP_TOO_SMALL = body.STEP_TOO_SMALL
-    NON_FINITE = body.NON_FINITE
+    SUCCESS = stepper.SUCCESS
+    MAX_STEPS = stepper.MAX_STEPS
+    STEP_TOO_SMALL = stepper.STEP_TOO_SMALL
+    NON_FINITE = stepper.NON_FINITE
 
 
 _REASONS = {

@@ -36,7 +36,7 @@ ANIMALS = {
     "nan_state": (np.nan, 1.0, (0.0, 1.0, 9.0), Status.NON_FINITE, Status.NON_FINITE),
     "infinite_state": (np.inf, 1.0, (0.0, 1.0, 9.0), Status.NON_FINITE, Status.NON_FINITE),
     "nan_time": (1.0, np.nan, (0.0, 1.0, 9.0), Status.NON_FINITE, Status.NON_FINITE),
-    "long": (1.0, 8.0, (0.0, 60.0, 9.0), Status.MAX_STEPS, Status.MAX_STEPS),
+    "long": (1.0, 8.0, (0.0, 600.0, 9.0), Status.MAX_STEPS, Status.MAX_STEPS),
     "nothing_to_do": (1.0, 0.0, (0.0, 1.0, 9.0), Status.SUCCESS, Status.SUCCESS),
 }
 Y0 = np.array([animal[0] for animal in ANIMALS.values()])
@@ -48,7 +48,7 @@ EXPECTED = {"adaptive": [animal[3] for animal in ANIMALS.values()], "fixed": [an
 
 def run_zoo(kind: str, config: pk.Config | None = None, **options: Any) -> pk.Solution:
     return pk.solve_ensemble(
-        zoo, Y0, 0.0, T1, ARGS, in_axes=(0, 0), method=pk.bosh3, step=STEPS[kind], max_steps=150, config=config, **options
+        zoo, Y0, 0.0, T1, ARGS, in_axes=(0, 0), method=pk.bosh3, step=STEPS[kind], max_steps=500, config=config, **options
     )
 
 
@@ -63,15 +63,20 @@ def test_statuses(kind: str, config: pk.Config) -> None:
     assert solution.ys[-1] == 1.0
     stats = solution.stats
     np.testing.assert_array_equal(stats.attempts, stats.accepted + stats.rejected)
-    assert stats.attempts[list(ANIMALS).index("long")] == 150
+    assert stats.attempts[list(ANIMALS).index("long")] == 500
     assert stats.attempts[-1] == 0
 
 
 def test_saved_values_of_failed_trajectories_are_nan() -> None:
     """All of them: also those saved before the failure."""
-    solution = run_zoo("adaptive", save_at=np.zeros((len(Y0), 2)), throw=False)
-    np.testing.assert_array_equal(np.isnan(solution.ys), np.repeat(~np.asarray(solution.ok)[:, None], 2, axis=1))
-    np.testing.assert_array_equal(solution.ys[[0, -1]], 1.0)
+    lanes = [0, 1, 3, 4]
+    solution = pk.solve_ensemble(
+        zoo, Y0[lanes], 0.0, 1.0, tuple(a[lanes] for a in ARGS), in_axes=(0, 0), method=pk.bosh3,
+        save_at=np.array([0.0, 0.1, 1.0]), throw=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(solution.ok, [True, False, False, False])
+    np.testing.assert_allclose(solution.ys[0], 1 + np.sin([0.0, 0.1, 1.0]), rtol=1e-5)
+    assert np.all(np.isnan(solution.ys[1:]))
 
 
 def test_smallest_step() -> None:
@@ -106,14 +111,15 @@ def test_the_error_of_a_single_trajectory() -> None:
 
 
 def test_transformations_do_not_raise() -> None:
-    """Under jit, vmap and grad nothing is known yet: the status tells."""
+    """Under jit and vmap nothing is known yet: the values tell."""
     good, bad = (tuple(a[i] for a in ARGS) for i in (0, 1))
 
     def value(y0: jax.Array, args: Any) -> jax.Array:
         return pk.solve(zoo, y0, 0.0, 1.0, args, method=pk.bosh3).ys
 
     assert np.isnan(jax.jit(value)(2.0, bad))
-    assert np.isnan(jax.grad(value)(2.0, bad)) and np.isfinite(jax.grad(value)(2.0, good))
+    gradient = jax.jit(jax.grad(value))
+    assert np.isnan(gradient(2.0, bad)) and np.isfinite(gradient(2.0, good))
     both = jax.vmap(value)(np.array([1.0, 2.0]), tuple(np.array(pair) for pair in zip(good, bad, strict=True)))
     np.testing.assert_array_equal(np.isnan(both), [False, True])
 
@@ -218,7 +224,7 @@ def test_one_of_256_diverges(kind: str) -> None:
             return solution.ys, solution
 
         ys, pull, solution = jax.vjp(values, y0s, rates, has_aux=True)
-        return ys, pull(jnp.cos(jnp.arange(lanes) * 1.0)), solution.stats, solution.ok
+        return ys, pull(np.cos(np.arange(lanes))), solution.stats, solution.ok
 
     ys, gradients, stats, ok = everything(np.where(others, harmless, 1e3), rates)
     wanted_ys, wanted_gradients, wanted_stats, all_ok = everything(harmless, rates)

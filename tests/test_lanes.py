@@ -420,7 +420,7 @@ def oracle(s: Setup) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "name, dtype, block",
-    [(n, np.float64, 5) for n in CASES] + [(n, np.float32, 1) for n in list(CASES)[::4]],
+    [(n, np.float64, 5) for n in CASES] + [(n, np.float32, 1) for n in list(CASES)[1::5]],
 )
 def test_lifts_equal_vmap(name: str, dtype: Any, block: int) -> None:
     case = CASES[name]
@@ -428,7 +428,10 @@ def test_lifts_equal_vmap(name: str, dtype: Any, block: int) -> None:
     assert lanes.unsupported(s.jaxpr, s.lane) is None
     obstacle = lanes.component_obstacle(s.jaxpr, s.lane)
     assert (obstacle or "").startswith(case.obstacle or "") and (obstacle is None) == (case.obstacle is None)
-    kinds = ["arrays", *(["components"] if obstacle is None else [])]
+    small = (
+        lanes.operation_count(s.jaxpr) < 300 or name == "perceptron tanh"
+    )  # what XLA can compile within a second
+    kinds = ["arrays", *(["components"] if obstacle is None and small else [])]
     lifted = [lanes.lift(s.jaxpr, s.lane, kind, differentiated=True) for kind in kinds]
     plain = [lanes.lift(s.jaxpr, s.lane, kind, differentiated=False) for kind in kinds]
 
@@ -872,7 +875,7 @@ INSTRUCTIONS: dict[str, Callable[[Any, Any, int], Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(INSTRUCTIONS)), *[st.integers(0, 7)] * 3), min_size=1, max_size=7

@@ -19,7 +19,6 @@ that misses the next milestone's time by h eps/tol, so the last accepted step of
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,62 +29,24 @@ import numpy as np
 from jax import lax
 
 from pykernels import schedule
-from pykernels.field import Field
 from pykernels.interpolation import dense_slopes, dense_weights, weighted_sum
-from pykernels.lanes import Lift, lift
+from pykernels.kernels.stepper import (
+    Method,
+    Optional,
+    Pieces,
+    Solve,
+    State,
+    Stepper,
+    Taken,
+    any_lane,
+    outcome,
+    plus,
+)
 from pykernels.schedule import Record
-from pykernels.stepsize import Adaptive, Fixed, initial_step, limit, scaled_error, step_factor, two_sum
-from pykernels.tableau import ButcherTableau
+from pykernels.stepsize import Adaptive, Fixed, limit
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int32
-
-Pieces = list[Any]  # lane values of one pytree leaf or of several: a list of arrays whose last axis is the lane axis
-
-# Why a trajectory stopped; RUNNING never leaves a kernel.
-RUNNING, SUCCESS, MAX_STEPS, STEP_TOO_SMALL, NON_FINITE = -1, 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Solve:
-    """Everything static about a whole solve; hashable, the parameter of the solve primitives.
-
-    `lane[i]` tells whether input i has a lane axis. Inputs, in order: t0, t1, dt0 if `has_dt0`, the save times if `saves`,
-    the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`), `block` the
-    wanted number of lanes per block.
-    """
-
-    field: Field
-    method: ButcherTableau
-    step: Fixed | Adaptive
-    max_steps: int
-    has_dt0: bool
-    saves: int | None
-    kind: str
-    lane: tuple[bool, ...]
-    block: int
-
-    @property
-    def first_y(self) -> int:
-        return 2 + self.has_dt0 + (self.saves is not None)
-
-    @property
-    def first_operand(self) -> int:
-        return self.first_y + len(self.field.y_shapes)
-
-    @property
-    def carries_stage(self) -> bool:
-        """Whether an FSAL method's last stage is carried to the next attempt. Not for small fields (components): XLA:CPU
-        computes a whole attempt again for every value its loop carries, which costs more than the stage saves."""
-        return self.method.fsal and self.kind != "components"
-
-    @property
-    def adaptive(self) -> bool:
-        return isinstance(self.step, Adaptive)
-
-    def with_lanes(self, lane: Sequence[bool]) -> Solve:
-        return dataclasses.replace(self, lane=tuple(lane))
-
+    from jaxtyping import Array
 
 @dataclass(frozen=True)
 class Buffer:
@@ -94,227 +55,6 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: Any
     lanes: bool = True
-
-
-class State(NamedTuple):
-    """What an attempt carries from one to the next. None where the solve's kind of steps does not need it."""
-
-    t: Float[Array, " lanes"] | None
-    low: Float[Array, " lanes"] | None  # t + low is the time: compensated summation, no drift in float32
-    h: Float[Array, " lanes"] | None  # size of the next attempt, positive
-    memory: tuple[Float[Array, " lanes"], ...]  # the controller's
-    y: Pieces
-    k0: Pieces | None  # the first stage, if carried
-    status: Int32[Array, " lanes"] | None
-    attempts: Int32[Array, " lanes"] | None
-    accepted: Int32[Array, " lanes"] | None
-
-
-class Taken(NamedTuple):
-    """One attempt, for whoever saves values from it or differentiates it: from t by h (signed, 0 if not accepted)."""
-
-    t: Float[Array, " lanes"]
-    h: Float[Array, " lanes"]
-    end: Float[Array, " lanes"]
-    accepted: Bool[Array, " lanes"]
-    y: Pieces
-    stages: list[Pieces]
-    clipped: Bool[Array, " lanes"]  # h was t1 - t
-    slope: Float[Array, " lanes"]  # d(next h) / d(this h)
-
-
-def any_lane(mask: Bool[Array, " lanes"]) -> Bool[Array, ""]:
-    """Whether any lane of the block is set (a max of integers: the one reduction every runner has)."""
-    return jnp.max(mask.astype(jnp.int32)) > 0
-
-
-def is_finite(pieces: Pieces) -> Bool[Array, " lanes"]:
-    """Per lane, whether all elements are finite: the sum of x - x, which is 0 or NaN, costs no branches."""
-    return sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces) == 0
-
-
-class Method:
-    """A Runge-Kutta method on a lifted field: stages of one step, for values and for `jax.vjp`."""
-
-    def __init__(self, solve: Solve, *, differentiated: bool) -> None:
-        self.tableau = solve.method
-        count = 1 + len(solve.field.y_shapes)
-        lane = (*(True,) * count, *solve.lane[solve.first_operand :])
-        self.lift: Lift = lift(solve.field.jaxpr, lane, solve.kind, differentiated=differentiated)
-        self._counts = [len(self.lift.pieces(shape)) for shape in solve.field.y_shapes]
-
-    def field(self, t: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None) -> Pieces:
-        leaves, position = [], 0
-        for count in self._counts:
-            leaves.append(list(y[position : position + count]))
-            position += count
-        outputs = self.lift([[t], *leaves, *operands], mask)
-        return [piece for leaf in outputs for piece in leaf]
-
-    def step(
-        self, t: Array, h: Array, y: Pieces, k0: Pieces, operands: list[Pieces], mask: Array | None = None, *,
-        last: bool = True, dense: bool = False,
-    ) -> tuple[list[Pieces], Pieces]:
-        """Stages and new state of a step. `last` False leaves out the stage only an error or the next step needs."""
-        tableau = self.tableau
-        stages = [k0]
-        argument = y
-        for row, c in zip(tableau.a, tableau.c[1:], strict=True):
-            argument = _plus(y, h, weighted_sum(row, stages))
-            if tableau.fsal and len(stages) == tableau.stages - 1 and not (last or dense):
-                return stages, argument
-            stages.append(self.field(t + c * h, argument, operands, mask))
-        new = argument if tableau.fsal else _plus(y, h, weighted_sum(tableau.b, stages))
-        return (self.extend(stages, t, h, y, operands, mask) if dense else stages), new
-
-    def extend(
-        self, stages: list[Pieces], t: Array, h: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None
-    ) -> list[Pieces]:
-        """Append the stages that only the interpolant needs."""
-        stages = list(stages)
-        for row, c in zip(self.tableau.dense_a, self.tableau.dense_c, strict=True):
-            stages.append(self.field(t + c * h, _plus(y, h, weighted_sum(row, stages)), operands, mask))
-        return stages
-
-
-class Stepper:
-    """The arithmetic of attempts on one block: begin, attempt, and which lanes are still live."""
-
-    def __init__(self, solve: Solve, method: Method, t0: Array, t1: Array, dt0: Array | None, operands: list[Pieces]) -> None:
-        self.solve, self.method, self.t0, self.t1, self.dt0, self.operands = solve, method, t0, t1, dt0, operands
-        eps = float(np.finfo(solve.field.dtype).eps)
-        self.eps = eps
-        self.direction = jnp.where(t1 >= t0, jnp.ones_like(t0), -jnp.ones_like(t0))
-        # A step that would leave less than 100 ulp goes to the end: no tiny last intervals, as in diffrax.
-        self.sliver = 100 * eps * jnp.maximum(abs(t0), abs(t1))
-        if isinstance(solve.step, Fixed):
-            if solve.step.steps is not None:
-                self.h = (t1 - t0) / solve.step.steps
-                self.steps = None
-            else:
-                length = abs(t1 - t0)
-                self.h = self.direction * solve.step.size
-                # Rounding must not add a step for the sake of 1e-6 of one.
-                steps = jnp.ceil(length / solve.step.size - 1e-6)
-                finite = jnp.isfinite(steps)
-                bounded = jnp.minimum(jnp.where(finite, steps, 0.0), float(solve.max_steps + 1))
-                self.steps = jnp.maximum(bounded, jnp.where(length > 0, 1.0, 0.0)).astype(jnp.int32)
-
-    def bound(self) -> Int32[Array, ""] | int:
-        """No lane of the block makes more attempts than this."""
-        if self.solve.adaptive or self.steps is None:
-            return self.solve.max_steps
-        return jnp.minimum(jnp.max(self.steps), self.solve.max_steps).astype(jnp.int32)
-
-    def begin(self, y: Pieces) -> State:
-        tableau, solve = self.method.tableau, self.solve
-        k0 = self.method.field(self.t0, y, self.operands) if solve.carries_stage or solve.adaptive else None
-        if not solve.adaptive:
-            return State(None, None, None, (), y, k0 if solve.carries_stage else None, None, None, None)
-        if self.dt0 is not None:
-            h = limit(solve.step, abs(self.dt0))
-        else:
-            h = initial_step(solve.step, tableau.error_order, y, k0, lambda h: self._euler(h, y, k0))
-        zero = jnp.zeros_like(self.t0)
-        count = jnp.zeros(zero.shape, jnp.int32)
-        sound = is_finite(y) & is_finite(k0) & is_finite([self.t0, self.t1, h])
-        done = jnp.where(self.t0 == self.t1, SUCCESS, RUNNING)
-        status = jnp.where(sound, done, NON_FINITE).astype(jnp.int32)
-        return State(
-            self.t0, zero, h, (zero,) * solve.step.memory, y, k0 if solve.carries_stage else None, status, count, count
-        )
-
-    def _euler(self, h: Array, y: Pieces, k0: Pieces) -> Pieces:
-        h = self.direction * h
-        return self.method.field(self.t0 + h, _plus(y, h, k0), self.operands)
-
-    def running(self, state: State) -> Bool[Array, ""] | bool:
-        """Whether any lane still runs, besides the bound on attempts."""
-        return any_lane(state.status < 0) if state.status is not None else True
-
-    def attempt(self, state: State, i: Int32[Array, ""], forced: tuple[Array, Array] | None = None) -> tuple[State, Taken]:
-        """Attempt number i. `forced` (live, accepted) are the decisions of the forward pass during a replay."""
-        if self.solve.adaptive:
-            return self._adaptive(state, forced)
-        return self._fixed(state, i)
-
-    def time(self, i: Int32[Array, ""]) -> Float[Array, " lanes"]:
-        """Start of fixed step number i."""
-        return self.t0 + i.astype(self.t0.dtype) * self.h
-
-    def _fixed(self, state: State, i: Int32[Array, ""]) -> tuple[State, Taken]:
-        t = self.time(i)
-        if self.steps is None:
-            live = jnp.ones(t.shape, bool)
-            last = jnp.full(t.shape, i + 1 == self.solve.max_steps)
-            h = self.h
-        else:
-            live, last = i < self.steps, i + 1 == self.steps
-            h = jnp.where(last, self.t1 - t, self.h)
-        k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
-        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=self.solve.carries_stage)
-        new = y1 if self.steps is None else _where(live, y1, state.y)
-        last_stage = stages[-1] if state.k0 is not None else None
-        if last_stage is not None and self.steps is not None:
-            last_stage = _where(live, last_stage, state.k0)
-        end = jnp.where(last, self.t1, self.time(i + 1))
-        taken = Taken(t, h if self.steps is None else jnp.where(live, h, 0.0), end, live, state.y, stages, last, h)
-        return state._replace(y=new, k0=last_stage), taken
-
-    def _adaptive(self, state: State, forced: tuple[Array, Array] | None) -> tuple[State, Taken]:
-        step, tableau = self.solve.step, self.method.tableau
-        t, low = state.t, state.low
-        remaining = (self.t1 - t) - low
-        clipped = self.direction * remaining - state.h < self.sliver
-        h = jnp.where(clipped, remaining, self.direction * state.h)
-        k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
-        stages, y1 = self.method.step(t, h, state.y, k0, self.operands)
-        error = [h * e for e in weighted_sum(tableau.error, stages)]
-        # The new state may not be finite where the field is not defined. Adding y1 - y1, zero or NaN, to the error rejects
-        # it without a second pass over the stages: XLA computes the scaled error once, but whatever else depends on the
-        # stages over again in every result of the loop.
-        error = [e + (p - p) for e, p in zip(error, y1, strict=True)]
-        square = scaled_error(step, error, state.y, y1)
-        sound = square < jnp.inf
-        if forced is None:
-            live = state.status < 0
-            accepted = live & sound & (square < 1)
-        else:
-            live, accepted = forced
-        factor, memory = step_factor(step, tableau.error_order, square, accepted, state.memory)
-        free = abs(h) * factor
-        proposed = limit(step, free)
-        low_sum, high_error = two_sum(t, h + low)
-        finished = accepted & clipped
-        stepped_t = jnp.where(finished, self.t1, low_sum)
-        stepped_low = jnp.where(finished, 0.0, high_error)
-        if forced is None:
-            floor = self.eps * jnp.maximum(abs(t), self.eps * abs(self.t1 - self.t0))
-            if step.dtmin is not None:
-                floor = jnp.maximum(floor, step.dtmin)
-            why = jnp.where(sound, STEP_TOO_SMALL, NON_FINITE)
-            ended = jnp.where(finished, SUCCESS, jnp.where(proposed < floor, why, RUNNING))
-            status = jnp.where(live, ended, state.status).astype(jnp.int32)
-            attempts = state.attempts + live.astype(jnp.int32)
-            count = state.accepted + accepted.astype(jnp.int32)
-        else:
-            status, attempts, count = state.status, state.attempts, state.accepted
-        new = State(
-            jnp.where(accepted, stepped_t, t),
-            jnp.where(accepted, stepped_low, low),
-            jnp.where(live, proposed, state.h),
-            memory,
-            _where(accepted, y1, state.y),
-            None if state.k0 is None else _where(accepted, stages[-1], state.k0),
-            status,
-            attempts,
-            count,
-        )
-        slope = jnp.where(live, jnp.where(proposed < free, 0.0, factor), 1.0)
-        taken = Taken(
-            t, jnp.where(accepted, h, 0.0), stepped_t, accepted, state.y, stages, clipped & live, slope
-        )
-        return new, taken
 
 
 class _Reader:
@@ -504,17 +244,6 @@ def _store_results(
         counts_ref[row, :] = value.astype(jnp.int32)
 
 
-def outcome(solve: Solve, stepper: Stepper, state: State) -> tuple[Array, Array, Array]:
-    """Status, attempts and accepted attempts per lane when the loop has ended."""
-    if state.status is not None:
-        return jnp.where(state.status < 0, MAX_STEPS, state.status), state.attempts, state.accepted
-    steps = jnp.full(stepper.t0.shape, solve.max_steps, jnp.int32) if stepper.steps is None else stepper.steps
-    attempts = jnp.minimum(steps, solve.max_steps)
-    sound = is_finite(state.y) & is_finite([stepper.t0, stepper.t1])
-    status = jnp.where(sound, jnp.where(steps > solve.max_steps, MAX_STEPS, SUCCESS), NON_FINITE)
-    return status.astype(jnp.int32), attempts, attempts
-
-
 def _store_leaves(method: Method, refs: Sequence[Any], shapes: Sequence[tuple[int, ...]], pieces: Pieces) -> None:
     position = 0
     for ref, shape in zip(refs, shapes, strict=True):
@@ -547,7 +276,7 @@ class _Saver:
         def value(due: Array) -> Pieces:
             theta = (due - taken.t) / taken.h
             stages = method.extend(taken.stages, taken.t, taken.h, taken.y, self.stepper.operands)
-            return _plus(taken.y, taken.h, weighted_sum(dense_weights(method.tableau, theta), stages))
+            return plus(taken.y, taken.h, weighted_sum(dense_weights(method.tableau, theta), stages))
 
         return self._rows(pointer, taken.accepted, taken.end, value)
 
@@ -579,14 +308,6 @@ class _Saver:
                 position += 1
 
 
-def _plus(y: Pieces, h: Array, slope: Pieces) -> Pieces:
-    return [a + h * b for a, b in zip(y, slope, strict=True)]
-
-
-def _where(mask: Array, new: Pieces, old: Pieces) -> Pieces:
-    return [jnp.where(mask, a, b) for a, b in zip(new, old, strict=True)]
-
-
 def backward_buffers(solve: Solve, record: Record, wrt: Sequence[bool]) -> tuple[list[Buffer], list[Buffer]]:
     """Results and scratch of the backward body. Results: one cotangent per input with `wrt`, in input order; those of shared
     operands are partial sums, one per block, those of t0, t1, dt0 and save times always one per lane."""
@@ -597,7 +318,6 @@ def backward_buffers(solve: Solve, record: Record, wrt: Sequence[bool]) -> tuple
         for i, (shape, dtype, lane) in enumerate(zip(shapes, dtypes, solve.lane, strict=True))
         if wrt[i]
     ]
-    dtype = solve.field.dtype
     scratch = _Rows.buffers(solve, record.scratch, _noted_scalars(solve, wrt))
     for rows in _replay_rows(solve, record):
         scratch += _Milestones.buffers(solve, rows)
@@ -630,10 +350,10 @@ class _Cotangents(NamedTuple):
 
     y: Pieces
     operands: list[Pieces | None]
-    t: Array | None  # of the current time, of the next step size, of t1 and of a fixed step's size
-    h: Array | None
-    t1: Array | None
-    pointer: tuple[Array, Array] | None  # rows of saved values not yet passed, and the latest of their times
+    t: Optional  # of the current time, of the next step size (of all steps if fixed) and of t1
+    h: Optional
+    t1: Optional
+    pointer: Any  # rows of saved values not yet passed, and the latest of their times
 
 
 def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[..., None]:
@@ -821,7 +541,7 @@ class _Pullback:
         values = (taken.t, taken.h, taken.slope, taken.clipped.astype(taken.t.dtype))
         self.notes.write(row, values[: self.notes.scalars], taken.y)
 
-    def _walk(self, start: Array, stop: Array, cotangents: _Cotangents, gap: Array | None) -> _Cotangents:
+    def _walk(self, start: Array, stop: Array, cotangents: _Cotangents, gap: Optional) -> _Cotangents:
         def go_on(carry: tuple[Any, ...]) -> Array:
             return carry[0] > start
 
@@ -849,7 +569,7 @@ class _Pullback:
         return lax.while_loop(go_on, back, (stop, cotangents, gap))[1]
 
     def _step(
-        self, i: Array, t: Array, h: Array, y: Pieces, accepted: Array, slope: Array | None, clipped: Array | None,
+        self, i: Array, t: Array, h: Array, y: Pieces, accepted: Array, slope: Optional, clipped: Optional,
         cotangents: _Cotangents,
     ) -> _Cotangents:  # fmt: skip
         """Through one attempt, backwards."""
@@ -948,8 +668,8 @@ class _Pullback:
             self.save_times_ref[row, :] = jnp.where(mask, value, self.save_times_ref[row, :])
 
     def _step_times(
-        self, i: Array, cotangents: _Cotangents, t_ct: Array, h_ct: Array, accepted: Array, slope: Array | None,
-        clipped: Array | None,
+        self, i: Array, cotangents: _Cotangents, t_ct: Array, h_ct: Array, accepted: Array, slope: Optional,
+        clipped: Optional,
     ) -> _Cotangents:  # fmt: skip
         """Backwards through how a step's start and size came about, for gradients by t0, t1 and dt0.
 

@@ -1,0 +1,83 @@
+"""What the README promises: its code runs as it stands, its commands are those of .ci/run, its figures are measured."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+import pykernels as pk
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run_in_a_user_s_process(tmp_path: Path) -> None:
+    """One after the other, in default settings (float32), outside of this repository."""
+    code = blocks("python")
+    assert len(code) >= 3
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(code) + "\nprint(float(value), *map(float, gradient))\n")
+    command = [sys.executable, "-W", "error", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    _, second, third, numbers = result.stdout.splitlines()
+    assert second.startswith("(21, 3) ")
+    assert third.startswith("[ True  True False] ")
+    value, *gradient = map(float, numbers.split())
+    # The solver's tolerance is 1e-5 per step in float32; central differences of a 1e-10 solution are better than that.
+    p, h = np.array([10.0, 20.0, 8 / 3]), 1e-4
+    assert value == pytest.approx(lorenz_mean_square(p), rel=1e-3)
+    differences = [
+        (lorenz_mean_square(p + h * e) - lorenz_mean_square(p - h * e)) / (2 * h) for e in np.eye(3)
+    ]
+    assert gradient == pytest.approx(differences, rel=1e-3)
+
+
+def lorenz_mean_square(p: np.ndarray) -> float:
+    """The quick start's loss by SciPy, all trajectories as one system."""
+
+    def field(t: float, flat: np.ndarray) -> np.ndarray:
+        x, y, z = flat.reshape(3, -1)
+        return np.concatenate([p[0] * (y - x), x * (p[1] - z) - y, x * y - p[2] * z])
+
+    y0 = np.tile(np.linspace(0.5, 1.5, 1000), 3)
+    final = solve_ivp(field, (0.0, 1.0), y0, "DOP853", rtol=1e-10, atol=1e-10).y[:, -1]
+    return float(np.mean(final**2))
+
+
+def test_commands_name_files_that_exist_and_ci_runs_them() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line)
+        for word in words[1:]:
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), line
+    test_command = next(line for line in lines if "pytest" in line)
+    assert test_command.removeprefix(".venv/bin/") in script
+    extras = re.search(r"'\.\[([a-z,]+)\]'", README)
+    assert extras is not None and extras[0] in script
+
+
+def test_every_exported_method_is_listed() -> None:
+    methods = [name for name in pk.__all__ if isinstance(getattr(pk, name), pk.ButcherTableau)]
+    assert len(methods) >= 10
+    for name in methods:
+        assert f"`{name}`" in README, name
+
+
+def test_links_to_files_resolve() -> None:
+    for name in re.findall(r"`((?:[a-z_.]+/)?[A-Za-z_]+\.(?:py|md|csv|toml))`", README):
+        assert (ROOT / name).is_file(), name
