@@ -1,7 +1,7 @@
 """How a solve is differentiated. Each adjoint is a small frozen object with one method; add one here to add an adjoint.
 
-`integrate(solve, inputs)` takes a static `Solve` and its inputs (lanes last) and returns the values' leaves, status, attempts
-and accepted attempts, differentiable in its own way.
+`integrate(solve, inputs)` takes a static `Solve` and its inputs (lanes last) and returns the values' leaves, status,
+attempts and accepted attempts, differentiable in its own way.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def _milestones_forward(solve: Solve, record: Record, *inputs: Any) -> tuple[lis
     values = [i.value for i in inputs]
     y = range(solve.first_y, solve.first_operand)
     wrt = tuple(
-        index in y or (i.perturbed and jnp.issubdtype(i.value.dtype, jnp.floating)) for index, i in enumerate(inputs)
+        index in y or (i.perturbed and jnp.issubdtype(i.value.dtype, jnp.floating))
+        for index, i in enumerate(inputs)
     )
     results = primitives.solve(values, solve, record)
     count = len(solve.field.y_shapes)
@@ -142,7 +143,9 @@ def _milestones_forward(solve: Solve, record: Record, *inputs: Any) -> tuple[lis
     return results[: count + 3], residuals
 
 
-def _milestones_backward(solve: Solve, record: Record, residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+def _milestones_backward(
+    solve: Solve, record: Record, residuals: Any, cotangents: Sequence[Any]
+) -> tuple[Any, ...]:
     inputs, status, attempts, recorded, wanted = residuals
     count = len(solve.field.y_shapes)
     cts = [_instantiate(ct) for ct in cotangents[:count]]
@@ -245,7 +248,11 @@ def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree
     rows = carry.rows
     if saves is not None:
         direction = stepper.direction
-        inside = accepted & (direction * saves > direction * taken.t) & (direction * saves <= direction * taken.end)
+        inside = (
+            accepted
+            & (direction * saves > direction * taken.t)
+            & (direction * saves <= direction * taken.end)
+        )
         some = primitives.any_lane(jnp.any(inside, axis=0))
         rows = lax.cond(some, lambda: _fill_rows(method, rows, saves, inside, t, h, y, stages), lambda: rows)
     return _Tree(carry.attempt + 1, new._replace(y=moved), rows)

@@ -37,19 +37,24 @@ class Field:
         return sum(int(np.prod(shape)) for shape in self.y_shapes)
 
 
+def _setting(name: str) -> Hashable:
+    return getattr(jax.config, name)
+
+
 class _Signature:
     """What tracing depends on besides the function: shapes, dtypes and structure of y and args."""
 
     def __init__(self, y: PyTree, args: PyTree) -> None:
-        self.y_leaves, self.y_tree = jax.tree.flatten(y)
-        self.arg_leaves, self.args_tree = jax.tree.flatten(args)
+        y_leaves, y_tree = jax.tree.flatten(y)
+        arg_leaves, args_tree = jax.tree.flatten(args)
+        self.y_leaves, self.y_tree, self.arg_leaves, self.args_tree = y_leaves, y_tree, arg_leaves, args_tree
         self.key = (
             self.y_tree,
             self.args_tree,
             tuple((leaf.shape, leaf.dtype) for leaf in (*self.y_leaves, *self.arg_leaves)),
             # These change what a trace contains.
-            bool(jax.config.jax_enable_x64),
-            str(jax.config.jax_numpy_dtype_promotion),
+            _setting("jax_enable_x64"),
+            _setting("jax_numpy_dtype_promotion"),
         )
 
 
@@ -119,21 +124,27 @@ def _trace(function: Callable[..., PyTree], signature: _Signature) -> tuple[Fiel
         args = jax.tree.unflatten(signature.args_tree, leaves[n:])
         return _checked_derivative(function(t, y, args), signature)
 
-    avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*signature.y_leaves, *signature.arg_leaves)]
+    avals = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*signature.y_leaves, *signature.arg_leaves)
+    ]
     closed = jax.make_jaxpr(flat)(jax.ShapeDtypeStruct((), dtype), *avals)
     jaxpr = closed.jaxpr
     consts = [jnp.asarray(const) for const in closed.consts]
     hoisted = jex.Jaxpr(
         (), [*jaxpr.invars, *jaxpr.constvars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, jaxpr.debug_info
     )
-    operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in hoisted.invars[1 + len(signature.y_leaves) :]]
+    operands = [_struct(v.aval) for v in hoisted.invars[1 + len(signature.y_leaves) :]]
     shapes = tuple(tuple(leaf.shape) for leaf in signature.y_leaves)
     return Field(hoisted, shapes, tuple(operands), dtype), consts
 
 
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
 def _checked_derivative(derivative: PyTree, signature: _Signature) -> list[jax.Array]:
     leaves, tree = jax.tree.flatten(derivative)
-    if tree != signature.y_tree:
+    if bool(tree != signature.y_tree):
         raise TypeError(
             f"the field must return a pytree of the state's structure: {signature.y_tree}, but it returned {tree}"
         )
@@ -143,7 +154,9 @@ def _checked_derivative(derivative: PyTree, signature: _Signature) -> list[jax.A
 def _checked_leaf(leaf: Any, like: Any) -> jax.Array:
     value = jnp.asarray(leaf, like.dtype) if isinstance(leaf, (bool, int, float)) else jnp.asarray(leaf)
     if value.shape != tuple(like.shape):
-        raise TypeError(f"the field returned a derivative of shape {value.shape} for a state of shape {tuple(like.shape)}")
+        raise TypeError(
+            f"the field returned a derivative of shape {value.shape} for a state of shape {tuple(like.shape)}"
+        )
     if value.dtype == like.dtype:
         return value
     if value.weak_type or jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == bool:
@@ -166,7 +179,9 @@ def as_state(y0: PyTree) -> PyTree:
         raise ValueError("y0 has no elements: there is nothing to integrate")
     for a in arrays:
         if a.dtype not in (jnp.float32, jnp.float64):
-            raise TypeError(f"y0 must be float32 or float64, not {a.dtype}: write 1.0, not 1, or use .astype(float)")
+            raise TypeError(
+                f"y0 must be float32 or float64, not {a.dtype}: write 1.0, not 1, or use .astype(float)"
+            )
     if len(dtypes) > 1:
         raise TypeError(f"the leaves of y0 must share one dtype, not {sorted(dtypes)}")
     return jax.tree.unflatten(tree, arrays)
@@ -174,14 +189,20 @@ def as_state(y0: PyTree) -> PyTree:
 
 def as_operands(args: PyTree, dtype: np.dtype) -> PyTree:
     """`args` as a pytree of arrays; Python floats take the state's dtype. Raises TypeError for leaves that are no arrays."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if type(leaf) is float else _as_array(leaf, "args"), args)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype) if type(leaf) is float else _as_array(leaf, "args"), args
+    )
 
 
 def _as_array(leaf: Any, name: str) -> jax.Array:
-    if not isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array, Sequence)) and not hasattr(
-        leaf, "__jax_array__"
-    ):
-        raise TypeError(f"{name} must be a pytree of arrays, but has a leaf {leaf!r}: close the field over it instead")
+    if not isinstance(
+        leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array, Sequence)
+    ) and not hasattr(leaf, "__jax_array__"):
+        raise TypeError(
+            f"{name} must be a pytree of arrays, but has a leaf {leaf!r}: close the field over it instead"
+        )
     if isinstance(leaf, str):
-        raise TypeError(f"{name} must be a pytree of arrays, but has a leaf {leaf!r}: close the field over it instead")
+        raise TypeError(
+            f"{name} must be a pytree of arrays, but has a leaf {leaf!r}: close the field over it instead"
+        )
     return jnp.asarray(leaf)

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-def dense_weights(method: ButcherTableau, theta: Float[Array, " lanes"]) -> list[Float[Array, " lanes"] | None]:
+def dense_weights(
+    method: ButcherTableau, theta: Float[Array, " lanes"]
+) -> list[Float[Array, " lanes"] | None]:
     """b_i(theta) for every stage, the interpolant's extra stages included; None where the polynomial is zero."""
     return [_horner(row, theta) for row in method.dense]
 
 
-def dense_slopes(method: ButcherTableau, theta: Float[Array, " lanes"]) -> list[Float[Array, " lanes"] | None]:
+def dense_slopes(
+    method: ButcherTableau, theta: Float[Array, " lanes"]
+) -> list[Float[Array, " lanes"] | None]:
     """d b_i / d theta, laid out as `dense_weights`."""
     return [_slope(row, theta) for row in method.dense]
 

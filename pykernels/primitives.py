@@ -1,4 +1,4 @@
-"""The solve primitives: whole solves of an ensemble as single JAX operations. The only file that touches JAX's extension API.
+"""The solve primitives: whole solves of an ensemble as single JAX operations. Only this file extends JAX.
 
 `solve` integrates, `pull_back` takes cotangents back through a recorded solve, `solve_tangents` integrates values and
 tangents together. All are batched natively: `jax.vmap` adds lanes. Their meaning is `reference.py`'s.
@@ -70,7 +70,9 @@ def _abstract(structs: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
     return [jax.core.ShapedArray(s.shape, s.dtype) for s in structs]
 
 
-def _define(name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]) -> jex.Primitive:
+def _define(
+    name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]
+) -> jex.Primitive:
     """A primitive with several results whose meaning on every platform is `implementation`."""
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
@@ -113,7 +115,9 @@ def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bo
     lanes = _lanes(inputs, solve)
     failed = status != SUCCESS
     used = functools.reduce(
-        jnp.logical_or, [jnp.any(ct != 0, axis=tuple(range(ct.ndim - 1))) for ct in cotangents], jnp.zeros(lanes, bool)
+        jnp.logical_or,
+        [jnp.any(ct != 0, axis=tuple(range(ct.ndim - 1))) for ct in cotangents],
+        jnp.zeros(lanes, bool),
     )
     attempts = jnp.where(failed | ~used, 0, attempts)
     cotangents = [jnp.where(failed, 0.0, ct) for ct in cotangents]
@@ -123,9 +127,10 @@ def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bo
     lane = [*solve.lane, *[True] * (len(kernel_inputs) - len(inputs))]
     raw = xla.run(kernel, kernel_inputs, lane, results, scratch, lanes, solve.block)
     poison = failed & used
+    wanted_lanes = [has_lanes for has_lanes, w in zip(solve.lane, wrt, strict=True) if w]
     return [
         _with_failures(value, buffer, has_lanes, failed, poison)
-        for value, buffer, has_lanes in zip(raw, results, [f for f, w in zip(solve.lane, wrt, strict=True) if w], strict=True)
+        for value, buffer, has_lanes in zip(raw, results, wanted_lanes, strict=True)
     ]
 
 
@@ -146,7 +151,9 @@ def _parts(operands: Sequence[Any], solve: Solve) -> tuple[Any, ...]:
 
 
 def _pull_back_abstract(*operands: Any, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[Any]:
-    return _abstract([jax.ShapeDtypeStruct(a.shape, a.dtype) for a, w in zip(operands, wrt, strict=False) if w])
+    return _abstract(
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, w in zip(operands, wrt, strict=False) if w]
+    )
 
 
 def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]) -> list[jax.Array]:
@@ -160,7 +167,9 @@ def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]
 
     def values(*some: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         mine = iter(some)
-        results = _solve(*[next(mine) if a else x for x, a in zip(inputs, active, strict=True)], solve=solve, record=None)
+        results = _solve(
+            *[next(mine) if a else x for x, a in zip(inputs, active, strict=True)], solve=solve, record=None
+        )
         count = len(solve.field.y_shapes)
         return results[:count], results[count:]
 
@@ -182,8 +191,10 @@ solve_tangents_p = _define("pykernels_solve_tangents", _solve_tangents, _solve_t
 def _merge_lanes(value: jax.Array, dim: int | None, has_lanes: bool, size: int, lanes: int) -> jax.Array:
     """Give a value the lanes (batch, lane) merged into one last axis; a shared value is repeated."""
     if dim is None:
-        value = jnp.broadcast_to(value[..., None, :] if has_lanes else value[..., None, None],
-                                 (*(value.shape[:-1] if has_lanes else value.shape), size, lanes))
+        value = jnp.broadcast_to(
+            value[..., None, :] if has_lanes else value[..., None, None],
+            (*(value.shape[:-1] if has_lanes else value.shape), size, lanes),
+        )
     elif has_lanes:
         value = jnp.moveaxis(value, dim, -2)
     else:
@@ -210,14 +221,20 @@ def _batched_lanes(
     lanes = y.shape[-1] if d is None or d % y.ndim != y.ndim - 1 else y.shape[-2]
     n = len(solve.lane)
     had = [*solve.lane, *[True] * (len(operands) - n)]
-    becomes = [h or d is not None or a for h, d, a in zip(had, dims, [*always, *[True] * (len(operands) - n)], strict=True)]
+    becomes = [
+        h or d is not None or a
+        for h, d, a in zip(had, dims, [*always, *[True] * (len(operands) - n)], strict=True)
+    ]
     merged = [
-        _merge_lanes(x, d, h, size, lanes) if b else x for x, d, h, b in zip(operands, dims, had, becomes, strict=True)
+        _merge_lanes(x, d, h, size, lanes) if b else x
+        for x, d, h, b in zip(operands, dims, had, becomes, strict=True)
     ]
     return solve.with_lanes(becomes[:n]), merged, size, lanes
 
 
-def _solve_batch(operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record | None) -> Any:
+def _solve_batch(
+    operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record | None
+) -> Any:
     solve, merged, size, _ = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
     results = solve_p.bind(*merged, solve=solve, record=record)
     split = [_split_lanes(r, size) for r in results]
@@ -225,12 +242,17 @@ def _solve_batch(operands: Sequence[Any], dims: Sequence[int | None], *, solve: 
 
 
 def _pull_back_batch(
-    operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record, wrt: tuple[bool, ...]
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    solve: Solve,
+    record: Record,
+    wrt: tuple[bool, ...],
 ) -> Any:
     # A shared input whose cotangent is wanted needs one per batch element: it gets lanes here and its sum over the
     # ensemble's own lanes below.
     before = solve
-    solve, merged, size, lanes = _batched_lanes(solve, operands, dims, wrt)
+    solve, merged, size, _ = _batched_lanes(solve, operands, dims, wrt)
     results = pull_back_p.bind(*merged, solve=solve, record=record, wrt=wrt)
     split = [_split_lanes(r, size) for r in results]
     had = [h for h, w in zip(before.lane, wrt, strict=True) if w]
@@ -248,9 +270,11 @@ def _solve_tangents_batch(
     for position, i in enumerate(tangent_of):
         needed[i] = dims[i] is not None or dims[n + position] is not None
     size = _batch_size(operands, dims)
-    inner, merged, _, lanes = _batched_lanes(solve, operands[:n], dims[:n], needed) if any(
-        d is not None for d in dims[:n]
-    ) else _with_size(solve, operands[:n], size, needed)
+    inner, merged, _, lanes = (
+        _batched_lanes(solve, operands[:n], dims[:n], needed)
+        if any(d is not None for d in dims[:n])
+        else _with_size(solve, operands[:n], size, needed)
+    )
     tangents = [
         _merge_lanes(x, d, solve.lane[i], size, lanes) if inner.lane[i] else x
         for x, d, i in zip(operands[n:], dims[n:], tangent_of, strict=True)
@@ -261,7 +285,9 @@ def _solve_tangents_batch(
         return split, [r.ndim - 2 for r in split]
     # Values that depend on nothing batched are not batched: JAX's forward mode counts on it.
     values = len(split) - len(solve.field.y_shapes)
-    return [r[..., 0, :] for r in split[:values]] + split[values:], [None] * values + [r.ndim - 2 for r in split[values:]]
+    return [r[..., 0, :] for r in split[:values]] + split[values:], [None] * values + [
+        r.ndim - 2 for r in split[values:]
+    ]
 
 
 def _with_size(
@@ -271,7 +297,8 @@ def _with_size(
     lanes = _lanes(inputs, solve)
     becomes = [h or n for h, n in zip(solve.lane, needed, strict=True)]
     merged = [
-        _merge_lanes(x, None, h, size, lanes) if b else x for x, h, b in zip(inputs, solve.lane, becomes, strict=True)
+        _merge_lanes(x, None, h, size, lanes) if b else x
+        for x, h, b in zip(inputs, solve.lane, becomes, strict=True)
     ]
     return solve.with_lanes(becomes), merged, size, lanes
 
@@ -286,12 +313,15 @@ NO_REVERSE_MODE = (
 )
 
 
-def _solve_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, solve: Solve, record: Record | None) -> Any:
+def _solve_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, solve: Solve, record: Record | None
+) -> Any:
     if record is not None:
         raise TypeError("forward-mode differentiation of a recorded solve (forward over reverse) is not supported: "
                         "use adjoint=BoundedTree() for second derivatives")  # fmt: skip
     active = tuple(
-        not isinstance(t, ad.Zero) and jnp.issubdtype(p.dtype, jnp.floating) for p, t in zip(primals, tangents, strict=True)
+        not isinstance(t, ad.Zero) and jnp.issubdtype(p.dtype, jnp.floating)
+        for p, t in zip(primals, tangents, strict=True)
     )
     given = [t for t, a in zip(tangents, active, strict=True) if a]
     results = solve_tangents_p.bind(*primals, *given, solve=solve, active=active)

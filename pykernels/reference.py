@@ -52,7 +52,9 @@ def _trajectory(solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         y1, steps, status, attempts = _fixed(solve, f, t0, t1, y0)
     values = y1
     if solve.saves is not None:
-        values = jax.vmap(lambda date: _interpolate(solve, f, steps, t0, t1, y0, date))(inputs[solve.first_y - 1])
+        values = jax.vmap(lambda date: _interpolate(solve, f, steps, t0, t1, y0, date))(
+            inputs[solve.first_y - 1]
+        )
     values = [jnp.where(status == SUCCESS, v, jnp.nan) for v in values]
     return [*values, status, attempts, jnp.sum(steps.taken, dtype=jnp.int32)]
 
@@ -65,7 +67,9 @@ def _stages(solve: Solve, f: Any, t: jax.Array, h: jax.Array, y: list[jax.Array]
     return k, _combine(y, h, tableau.b, k)
 
 
-def _combine(y: list[jax.Array], h: jax.Array, weights: Sequence[Any], k: list[list[jax.Array]]) -> list[jax.Array]:
+def _combine(
+    y: list[jax.Array], h: jax.Array, weights: Sequence[Any], k: list[list[jax.Array]]
+) -> list[jax.Array]:
     return [p + h * sum(w * stage[i] for w, stage in zip(weights, k, strict=True)) for i, p in enumerate(y)]
 
 
@@ -75,7 +79,13 @@ def _rms(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _adaptive(
-    solve: Solve, step: Adaptive, f: Any, t0: jax.Array, t1: jax.Array, dt0: jax.Array | None, y0: list[jax.Array]
+    solve: Solve,
+    step: Adaptive,
+    f: Any,
+    t0: jax.Array,
+    t1: jax.Array,
+    dt0: jax.Array | None,
+    y0: list[jax.Array],
 ) -> Any:
     tableau, eps = solve.method, float(jnp.finfo(t0.dtype).eps)
     order = tableau.error_order
@@ -92,9 +102,14 @@ def _adaptive(
         clipped = abs(t1 - t) - h < 100 * eps * jnp.maximum(abs(t0), abs(t1))
         signed = jnp.where(clipped, t1 - t, sign * h)
         k, y1 = _stages(solve, f, t, signed, y)
-        error = [signed * sum(w * stage[i] for w, stage in zip(tableau.error, k, strict=True)) for i in range(len(y))]
+        error = [
+            signed * sum(w * stage[i] for w, stage in zip(tableau.error or (), k, strict=True))
+            for i in range(len(y))
+        ]
         scale = [step.atol + step.rtol * jnp.maximum(abs(a), abs(b)) for a, b in zip(y, y1, strict=True)]
-        scaled = lax.stop_gradient(_rms([e / s for e, s in zip(lax.stop_gradient(error), lax.stop_gradient(scale), strict=True)]))
+        # Stopped before the root: its derivative at zero is infinite.
+        error, scale = lax.stop_gradient((error, scale))
+        scaled = _rms([e / s for e, s in zip(error, scale, strict=True)])
         good = jnp.isfinite(scaled) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(p)) for p in y1]))
         scaled = jnp.where(good, scaled, jnp.inf)
         taken = live & (scaled < 1)
@@ -127,22 +142,29 @@ def _adaptive(
     return carry[4], steps, status
 
 
-def _hairer(step: Adaptive, order: int, f: Any, t0: jax.Array, sign: jax.Array, y0: list[jax.Array]) -> jax.Array:
+def _hairer(
+    step: Adaptive, order: int, f: Any, t0: jax.Array, sign: jax.Array, y0: list[jax.Array]
+) -> jax.Array:
     """Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4."""
     scale = [step.atol + step.rtol * abs(p) for p in y0]
     f0 = f(t0, y0)
-    d0, d1 = _rms([a / s for a, s in zip(y0, scale, strict=True)]), _rms([a / s for a, s in zip(f0, scale, strict=True)])
+    d0, d1 = (
+        _rms([a / s for a, s in zip(y0, scale, strict=True)]),
+        _rms([a / s for a, s in zip(f0, scale, strict=True)]),
+    )
     small = (d0 < 1e-5) | (d1 < 1e-5)
     h0 = jnp.where(small, 1e-6, 0.01 * d0 / jnp.where(small, 1.0, d1))
     f1 = f(t0 + sign * h0, [a + sign * h0 * b for a, b in zip(y0, f0, strict=True)])
     d2 = _rms([(b - a) / s for a, b, s in zip(f0, f1, scale, strict=True)]) / h0
     d = jnp.maximum(d1, d2)
-    h1 = jnp.where(d <= 1e-15, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.where(d <= 1e-15, 1.0, d)) ** (1 / order))
+    h1 = jnp.where(
+        d <= 1e-15, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.where(d <= 1e-15, 1.0, d)) ** (1 / order)
+    )
     return lax.stop_gradient(jnp.minimum(100 * h0, h1))
 
 
 def _fixed(solve: Solve, f: Any, t0: jax.Array, t1: jax.Array, y0: list[jax.Array]) -> Any:
-    count = solve.step.steps  # type: ignore[union-attr]
+    count = solve.step.steps
     if count is not None:
         h, number = (t1 - t0) / count, jnp.int32(count)
     else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def record_for(max_steps: int, count: int | None = None, scratch: int | None = N
     return Record(count=max((count + 1) | 1, 3), base=base, burst=min(base, 32))
 
 
-def slot(attempt, record: Record):
+def slot(attempt: Any, record: Record) -> Any:
     """Slot of the milestone stored before attempt number `attempt`, a multiple of the stride."""
     return (attempt // record.base) % record.count
 
 
-def segment(attempt, stride, record: Record):
+def segment(attempt: Any, stride: Any, record: Record) -> tuple[Any, Any]:
     """`(stride, end)` of the segment that starts at `attempt`: the last free slot doubles the stride.
 
     `attempt // stride` is at most `count - 1`, an even number, so the doubled stride still divides `attempt`.

@@ -75,14 +75,16 @@ class Stats(NamedTuple):
     field_evaluations: Int32[Array, " *lanes"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ts", "ys", "status", "stats"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["ts", "ys", "status", "stats"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Solution:
     """What a solve returns; a pytree.
 
-    `ys`: the final state with the structure and shapes of `y0`; with n save times every leaf has an axis of length n in front
-    of the state's own axes, behind the trajectory axis of an ensemble. `ts`: the times of `ys`. `status`: int32, see `Status`.
-    Values of failed trajectories are NaN.
+    `ys`: the final state with the structure and shapes of `y0`; with n save times every leaf has an axis of length n in
+    front of the state's own axes, behind the trajectory axis of an ensemble. `ts`: the times of `ys`. `status`: int32, see
+    `Status`. Values of failed trajectories are NaN.
     """
 
     ts: Float[Array, " *times"]
@@ -160,8 +162,8 @@ def solve(
     `y0`: pytree of float32 or float64 arrays of one dtype, which is also the dtype of time; `args`: pytree of arrays;
     `field` returns a pytree like `y0` and may close over arrays and traced values. `dt0`: first attempt's size for adaptive
     steps (default: Hairer's rule). `save_at`: sorted times between t0 and t1, whose values come from the method's own
-    interpolant. `max_steps` bounds the attempts (with `Fixed(n)` it is n). Differentiable with respect to y0, args, closed-over
-    values, t0, t1, dt0 and save_at as `adjoint` says; step sizes are constants of differentiation.
+    interpolant. `max_steps` bounds the attempts (with `Fixed(n)` it is n). Differentiable with respect to y0, args,
+    closed-over values, t0, t1, dt0 and save_at as `adjoint` says; step sizes are constants of differentiation.
 
     A failed trajectory has NaN values and gradients, and its status says why; outside of JAX transformations SolveError is
     raised instead, unless `throw=False`.
@@ -192,8 +194,8 @@ def solve_ensemble(
     """Integrate an ensemble of trajectories, each with its own steps.
 
     `field` is that of one trajectory. `in_axes = (y0s axis, args axis)` as in `jax.vmap`: a pytree prefix, None = shared by
-    all; gradients of shared arguments are summed over the ensemble inside the kernel. `t0`, `t1`, `dt0` are scalars or one per
-    trajectory, `save_at` has shape (n,) or (trajectories, n). Everything else, and the errors raised, as in `solve`.
+    all; gradients of shared arguments are summed over the ensemble inside the kernel. `t0`, `t1`, `dt0` are scalars or one
+    per trajectory, `save_at` has shape (n,) or (trajectories, n). Everything else, and the errors raised, as in `solve`.
     """
     problem = _Problem.of(field, y0s, t0, t1, args, in_axes, method, step, dt0, save_at, max_steps, config)
     return _finish(problem, adjoint, throw)
@@ -275,15 +277,13 @@ class _Problem:
         lane += [axis is not None for axis in arg_axes] + [False] * len(consts)
         kind, reason = _plan(traced, lane[len(times) + len(rows) :], config)
         spec = Solve(
-            traced, method, step, max_steps, dt0 is not None, saves.shape[-1] if rows else None, kind, tuple(lane),
+            traced, method, step, max_steps, dt0 is not None, rows[0].shape[0] if rows else None, kind, tuple(lane),
             config.block or xla.default_block(dtype),
         )  # fmt: skip
         return _Problem(spec, inputs, lanes_count, reason, jax.tree.structure(y), in_axes is None, saves)
 
 
-def _check_settings(
-    field: Any, method: Any, step: Any, dt0: Any, max_steps: Any
-) -> int:
+def _check_settings(field: Any, method: Any, step: Any, dt0: Any, max_steps: Any) -> int:
     if not callable(field):
         raise TypeError(f"field must be a function field(t, y, args), not {field!r}")
     if not isinstance(method, ButcherTableau):
@@ -325,11 +325,19 @@ def _broadcast_axes(prefix: Any, tree: PyTree, name: str) -> list[int | None]:
 
 
 def _count(
-    y: list[jax.Array], y_axes: list[int | None], args: list[jax.Array], arg_axes: list[int | None], in_axes: Any
+    y: list[jax.Array],
+    y_axes: list[int | None],
+    args: list[jax.Array],
+    arg_axes: list[int | None],
+    in_axes: Any,
 ) -> int:
     if in_axes is None:
         return 1
-    sizes = {leaf.shape[axis] for leaf, axis in zip((*y, *args), (*y_axes, *arg_axes), strict=True) if axis is not None}
+    sizes = {
+        leaf.shape[axis]
+        for leaf, axis in zip((*y, *args), (*y_axes, *arg_axes), strict=True)
+        if axis is not None
+    }
     if not sizes:
         raise ValueError("in_axes must give at least one leaf of y0s or args a trajectory axis")
     if len(sizes) > 1:
@@ -419,7 +427,10 @@ def _plan(field: Field, lane: Sequence[bool], config: Config) -> tuple[str, str]
         return "arrays", f"components are not possible: {inner}"
     operations = lanes.operation_count(field.jaxpr)
     if operations > COMPONENT_OPERATIONS or field.elements > COMPONENT_ELEMENTS:
-        return "arrays", f"{operations} operations on {field.elements} state elements: whole arrays are faster"
+        return (
+            "arrays",
+            f"{operations} operations on {field.elements} state elements: whole arrays are faster",
+        )
     return "components", f"{operations} operations on {field.elements} state elements fit into registers"
 
 
@@ -436,8 +447,7 @@ def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
     if problem.save_at is not None and spec.saves is None:  # no times at all
         leaves = [leaf[None][:0] for leaf in leaves]
     ys = [jnp.moveaxis(leaf, -1, 0) for leaf in leaves]
-    t1 = problem.inputs[1]
-    ts = problem.save_at if problem.save_at is not None else t1
+    ts = problem.inputs[1] if problem.save_at is None else problem.save_at
     if problem.single:
         ys, status, attempts, accepted = [y[0] for y in ys], status[0], attempts[0], accepted[0]
     elif ts.ndim == (0 if problem.save_at is None else 1):
@@ -451,7 +461,9 @@ def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
 
 def _evaluations(spec: Solve, attempts: jax.Array) -> jax.Array:
     """Field evaluations of the integration itself (not those of interpolants that need further stages)."""
-    saved = spec.carries_stage or (spec.method.fsal and not spec.adaptive)  # the last stage only serves the error
+    saved = spec.carries_stage or (
+        spec.method.fsal and not spec.adaptive
+    )  # the last stage only serves the error
     first = int(spec.carries_stage or spec.adaptive) + int(spec.adaptive and not spec.has_dt0)
     per_attempt = spec.method.stages - saved
     return attempts * per_attempt + first

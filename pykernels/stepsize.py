@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,11 +76,15 @@ class Adaptive:
                 raise ValueError(f"Adaptive({name}=) must be finite, not {value!r}")
             object.__setattr__(self, name, float(value))
         if self.rtol < 0 or self.atol < 0 or self.rtol + self.atol == 0:
-            raise ValueError(f"tolerances must be non-negative and not both zero: rtol={self.rtol}, atol={self.atol}")
+            raise ValueError(
+                f"tolerances must be non-negative and not both zero: rtol={self.rtol}, atol={self.atol}"
+            )
         if self.dtmin is not None and self.dtmin <= 0:
             raise ValueError(f"dtmin must be positive, not {self.dtmin}")
         if self.dtmax is not None and self.dtmax <= (self.dtmin or 0):
-            raise ValueError(f"dtmax must be positive and above dtmin: dtmin={self.dtmin}, dtmax={self.dtmax}")
+            raise ValueError(
+                f"dtmax must be positive and above dtmin: dtmin={self.dtmin}, dtmax={self.dtmax}"
+            )
         if not 0 < self.factormin < 1 < self.factormax or not 0 < self.safety <= 1:
             raise ValueError("Adaptive needs 0 < factormin < 1 < factormax and 0 < safety <= 1")
 
@@ -93,12 +98,17 @@ def mean_square(pieces: list[Array]) -> Float[Array, " lanes"]:
     """Mean of the squares of a state's elements, per lane: the lane axis of every piece is its last."""
     elements = sum(math.prod(piece.shape[:-1]) for piece in pieces)
     total = sum(jnp.sum(piece * piece, axis=tuple(range(piece.ndim - 1))) for piece in pieces)
-    return total / elements  # type: ignore[return-value]
+    return jnp.asarray(total / elements)
 
 
-def scaled_error(step: Adaptive, error: list[Array], y: list[Array], y1: list[Array]) -> Float[Array, " lanes"]:
+def scaled_error(
+    step: Adaptive, error: list[Array], y: list[Array], y1: list[Array]
+) -> Float[Array, " lanes"]:
     """Mean square of the embedded error in units of the tolerance; a step is good below 1. Infinite if not finite."""
-    scaled = [e / (step.atol + step.rtol * jnp.maximum(abs(a), abs(b))) for e, a, b in zip(error, y, y1, strict=True)]
+    scaled = [
+        e / (step.atol + step.rtol * jnp.maximum(abs(a), abs(b)))
+        for e, a, b in zip(error, y, y1, strict=True)
+    ]
     square = mean_square(scaled)
     return jnp.where(jnp.isnan(square), jnp.inf, square)
 
@@ -137,7 +147,7 @@ def initial_step(
     order: int,
     y: list[Array],
     f0: list[Array],
-    euler,
+    euler: Callable[[Array], list[Array]],
 ) -> Float[Array, " lanes"]:
     """First step size by the rule of Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4.
 

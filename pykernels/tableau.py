@@ -101,8 +101,9 @@ class ButcherTableau:
         The last slope is the last stage if the method is FSAL, else one extra stage whose row is `b`. The
         interpolant's order is `min(order, 3)`.
         """
-        c, b, a = _floats(c), _floats(b), tuple(_floats(row) for row in a)
-        fsal = _is_fsal(c, a, b)
+        c, b = _floats(c), _floats(b)
+        rows = tuple(_floats(row) for row in a)
+        fsal = _is_fsal(c, rows, b)
         dense = [[0.0, 3 * weight, -2 * weight] for weight in (b if fsal else (*b, 0.0))]
         for stage, slope in ((0, (1.0, -2.0, 1.0)), (-1, (0.0, -1.0, 1.0))):
             dense[stage] = [x + y for x, y in zip(dense[stage], slope, strict=True)]
@@ -110,7 +111,7 @@ class ButcherTableau:
             name=name,
             order=order,
             c=c,
-            a=a,
+            a=rows,
             b=b,
             error=None if error is None else _floats(error),
             dense=tuple(tuple(row) for row in dense),

@@ -42,7 +42,7 @@ ANIMALS = {
 Y0 = np.array([animal[0] for animal in ANIMALS.values()])
 T1 = np.array([animal[1] for animal in ANIMALS.values()])
 ARGS = tuple(np.array(column) for column in zip(*[animal[2] for animal in ANIMALS.values()], strict=True))
-STEPS = {"adaptive": pk.Adaptive(rtol=1e-5, atol=1e-7), "fixed": pk.Fixed(0.01)}
+STEPS = {"adaptive": pk.Adaptive(rtol=1e-3, atol=1e-5), "fixed": pk.Fixed(0.01)}
 EXPECTED = {"adaptive": [animal[3] for animal in ANIMALS.values()], "fixed": [animal[4] for animal in ANIMALS.values()]}
 
 
@@ -59,7 +59,7 @@ def test_statuses(kind: str, config: pk.Config) -> None:
     assert [Status(s) for s in solution.status.tolist()] == EXPECTED[kind]
     np.testing.assert_array_equal(solution.ok, solution.status == Status.SUCCESS)
     np.testing.assert_array_equal(np.isnan(solution.ys), ~np.asarray(solution.ok))
-    np.testing.assert_allclose(solution.ys[0], 1 + np.sin(1.0), rtol=1e-5)
+    np.testing.assert_allclose(solution.ys[0], 1 + np.sin(1.0), rtol=1e-3)
     assert solution.ys[-1] == 1.0
     stats = solution.stats
     np.testing.assert_array_equal(stats.attempts, stats.accepted + stats.rejected)
@@ -83,7 +83,7 @@ def test_smallest_step() -> None:
     """dtmin is no clamp: a trajectory that would need a smaller step stops."""
     solution = pk.solve_ensemble(
         zoo, Y0[:2], 0.0, 1.0, tuple(a[:2] for a in ARGS), in_axes=(0, 0), method=pk.bosh3, throw=False,
-        step=pk.Adaptive(rtol=1e-5, atol=1e-7, dtmin=1e-3),
+        step=pk.Adaptive(rtol=1e-3, atol=1e-5, dtmin=1e-3),
     )  # fmt: skip
     assert [Status(s) for s in solution.status.tolist()] == [Status.SUCCESS, Status.STEP_TOO_SMALL]
     assert solution.stats.attempts[1] < run_zoo("adaptive", throw=False).stats.attempts[1]

@@ -19,7 +19,7 @@ from pykernels.kernels import body
 from pykernels.stepsize import scaled_error
 
 # An ensemble of scalar equations whose frequencies, and so their numbers of attempts, differ.
-FREQUENCIES = jnp.asarray([0.4, 1.0, 1.7, 2.6, 3.1])
+FREQUENCIES = jnp.asarray([0.05, 0.4, 1.0, 1.7, 2.2])
 STARTS = jnp.linspace(0.0, 1.0, 5)
 SHARED = jnp.asarray([0.5, 0.3])
 WEIGHTS = jnp.arange(1.0, 6.0)

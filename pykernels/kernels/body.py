@@ -19,6 +19,7 @@ that misses the next milestone's time by h eps/tol, so the last accepted step of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +48,7 @@ from pykernels.stepsize import Adaptive, Fixed, limit
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -92,7 +94,8 @@ class _Rows:
 
     def __init__(self, solve: Solve, method: Method, refs: Sequence[Any], scalars: int) -> None:
         self.shapes, self.method, self.scalars = solve.field.y_shapes, method, scalars
-        self.scalar_ref, self.leaf_refs = (refs[0], refs[1:]) if scalars else (None, refs)
+        self.scalar_ref: Any = refs[0] if scalars else None
+        self.leaf_refs = refs[1:] if scalars else refs
 
     @staticmethod
     def buffers(solve: Solve, rows: int, scalars: int) -> list[Buffer]:
@@ -101,12 +104,12 @@ class _Rows:
 
     def write(self, row: Array, scalars: Sequence[Array], y: Pieces) -> None:
         for i, value in enumerate(scalars):
-            self.scalar_ref[row, i, :] = value  # type: ignore[index]
+            self.scalar_ref[row, i, :] = value
         for (ref, at), piece in zip(self._places(), y, strict=True):
             ref[(row, *at, ...)] = piece
 
     def read(self, row: Array) -> tuple[list[Array], Pieces]:
-        scalars = [self.scalar_ref[row, i, :] for i in range(self.scalars)]  # type: ignore[index]
+        scalars = [self.scalar_ref[row, i, :] for i in range(self.scalars)]
         return scalars, [ref[(row, *at, ...)] for ref, at in self._places()]
 
     def _places(self) -> list[tuple[Any, tuple[int, ...]]]:
@@ -130,7 +133,9 @@ class _Milestones:
         return _Rows.buffers(solve, rows, cls.scalars(solve))
 
     def save(self, row: Array, state: State) -> None:
-        self.rows.write(row, (state.t, state.low, state.h, *state.memory) if self.solve.adaptive else (), state.y)
+        self.rows.write(
+            row, (state.t, state.low, state.h, *state.memory) if self.solve.adaptive else (), state.y
+        )
 
     def restore(self, row: Array, stepper: Stepper, start: Array) -> State:
         """The state at a milestone; a carried first stage is evaluated again, cheaper than storing it."""
@@ -164,14 +169,15 @@ def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
         value_refs, counts_ref = refs[n_inputs : n_inputs + n_y], refs[n_inputs + n_y]
         record_refs = refs[n_inputs + n_y + 1 :]
         operands = [
-            reader.pieces(solve.first_operand + i, struct.shape) for i, struct in enumerate(solve.field.operands)
+            reader.pieces(solve.first_operand + i, struct.shape)
+            for i, struct in enumerate(solve.field.operands)
         ]
         y0 = [p for i, s in enumerate(solve.field.y_shapes) for p in reader.pieces(solve.first_y + i, s)]
         stepper = reader.stepper(operands)
         saver = None if solve.saves is None else _Saver(reader, stepper, value_refs)
         state = stepper.begin(y0)
         pointer = None if saver is None else saver.begin(y0)
-        bound = stepper.bound()
+        bound = jnp.asarray(stepper.bound(), jnp.int32)
         zero = jnp.int32(0)
 
         def attempts(start: Array, end: Array, state: State, pointer: Any, word: Any) -> tuple[Any, ...]:
@@ -184,7 +190,9 @@ def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
                 if saver is not None:
                     pointer = saver.save(pointer, taken)
                 if word is not None:
-                    word = word | lax.shift_left(taken.accepted.astype(jnp.int32), jnp.broadcast_to(i - start, word.shape))
+                    word = word | lax.shift_left(
+                        taken.accepted.astype(jnp.int32), jnp.broadcast_to(i - start, word.shape)
+                    )
                 return i + 1, state, pointer, word
 
             return lax.while_loop(go_on, attempt, (start, state, pointer, word))
@@ -230,7 +238,9 @@ def _recorded(
         )
         return i, stride, state, pointer
 
-    _, stride, state, _ = lax.while_loop(go_on, segment, (jnp.int32(0), jnp.int32(record.base), state, pointer))
+    _, stride, state, _ = lax.while_loop(
+        go_on, segment, (jnp.int32(0), jnp.int32(record.base), state, pointer)
+    )
     decisions_ref[0, :] = jnp.broadcast_to(stride, stepper.t0.shape)
     return state
 
@@ -244,7 +254,9 @@ def _store_results(
         counts_ref[row, :] = value.astype(jnp.int32)
 
 
-def _store_leaves(method: Method, refs: Sequence[Any], shapes: Sequence[tuple[int, ...]], pieces: Pieces) -> None:
+def _store_leaves(
+    method: Method, refs: Sequence[Any], shapes: Sequence[tuple[int, ...]], pieces: Pieces
+) -> None:
     position = 0
     for ref, shape in zip(refs, shapes, strict=True):
         for at in method.lift.pieces(shape):
@@ -455,8 +467,11 @@ class _Pullback:
             y = self._row_pieces(())
             pointer = None
         else:
-            y = [jnp.zeros(ref[(0, *at, ...)].shape, solve.field.dtype)
-                 for ref, shape in zip(refs, solve.field.y_shapes, strict=True) for at in self.method.lift.pieces(shape)]
+            y = [
+                jnp.zeros(ref[(0, *at, ...)].shape, solve.field.dtype)
+                for ref, shape in zip(refs, solve.field.y_shapes, strict=True)
+                for at in self.method.lift.pieces(shape)
+            ]
             rows = jnp.full(zero.shape, solve.saves, jnp.int32)
             last = jnp.broadcast_to(self.reader.save_time(jnp.int32(solve.saves - 1)), zero.shape)
             pointer = (rows, last if solve.saves else self.stepper.direction * -jnp.inf)
@@ -476,7 +491,13 @@ class _Pullback:
         ]
 
     def attempts_range(
-        self, level: int, state: State, start: Array, stop: Array, cotangents: _Cotangents, target: tuple[Array, Array]
+        self,
+        level: int,
+        state: State,
+        start: Array,
+        stop: Array,
+        cotangents: _Cotangents,
+        target: tuple[Array, Array],
     ) -> tuple[_Cotangents, tuple[Array, Array]]:
         """Pull back attempts start..stop, which begin at `state` and end at time `target` (for lanes still live then)."""
         begun = self.attempts > start
@@ -494,7 +515,13 @@ class _Pullback:
         return cotangents, arrival
 
     def _nested(
-        self, level: int, state: State, start: Array, stop: Array, cotangents: _Cotangents, target: tuple[Array, Array]
+        self,
+        level: int,
+        state: State,
+        start: Array,
+        stop: Array,
+        cotangents: _Cotangents,
+        target: tuple[Array, Array],
     ) -> _Cotangents:
         stride, rows = self.strides[level], self.levels[level]
         count = (stop - start + stride - 1) // stride
@@ -519,7 +546,9 @@ class _Pullback:
 
         return lax.while_loop(lambda carry: carry[0] > 0, homeward, (count, cotangents, target))[1]
 
-    def _replay(self, state: State, start: Array, stop: Array, note: Callable[[Array, Taken], None] | None) -> State:
+    def _replay(
+        self, state: State, start: Array, stop: Array, note: Callable[[Array, Taken], None] | None
+    ) -> State:
         def attempt(carry: tuple[Array, State]) -> tuple[Array, State]:
             i, state = carry
             state, taken = self.stepper.attempt(state, i, self._decisions(i))
@@ -580,7 +609,8 @@ class _Pullback:
         def step(y: Pieces, wanted: list[Pieces], t: Array, h: Array) -> tuple[Pieces, list[Pieces]]:
             rest = iter(wanted)
             operands = [
-                o if ct is None else next(rest) for o, ct in zip(self.operands, cotangents.operands, strict=True)
+                o if ct is None else next(rest)
+                for o, ct in zip(self.operands, cotangents.operands, strict=True)
             ]
             k0 = self.method.field(t, y, operands, mask)
             stages, y1 = self.method.step(t, h, y, k0, operands, mask, last=False, dense=dense)
@@ -655,7 +685,9 @@ class _Pullback:
             lambda carry: any_lane(pending(carry[0])), row, (pointer, direct, stage_cts, t_ct, h_ct)
         )
 
-    def _pass_row(self, pointer: tuple[Array, Array], waiting: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+    def _pass_row(
+        self, pointer: tuple[Array, Array], waiting: Array
+    ) -> tuple[Array, Array, tuple[Array, Array]]:
         """The latest row any lane waits for, the lanes that do, and the pointer behind it."""
         done, due = pointer
         current = jnp.max(jnp.where(waiting, done, 0)) - 1
@@ -683,7 +715,9 @@ class _Pullback:
                 t=cotangents.t + t_ct - cut, h=jnp.where(clipped, 0.0, h_total), t1=cotangents.t1 + cut
             )
         if self.stepper.steps is None:
-            return cotangents._replace(t=cotangents.t + t_ct, h=cotangents.h + i.astype(t_ct.dtype) * t_ct + h_ct)
+            return cotangents._replace(
+                t=cotangents.t + t_ct, h=cotangents.h + i.astype(t_ct.dtype) * t_ct + h_ct
+            )
         cut = jnp.where(clipped, h_ct, 0.0)
         return cotangents._replace(t=cotangents.t + t_ct - cut, t1=cotangents.t1 + cut)
 
@@ -701,7 +735,7 @@ class _Pullback:
             else:
                 results[0], results[1] = t, t1
             if solve.has_dt0:
-                dt0 = self.stepper.dt0
+                dt0: Any = self.stepper.dt0
                 free = abs(dt0) <= limit(solve.step, abs(dt0))
                 results[2] = jnp.where(free, h * self.stepper.direction * jnp.sign(dt0), 0.0)
         targets = iter(refs)
@@ -715,12 +749,14 @@ class _Pullback:
             elif i >= solve.first_operand:
                 self._store_operand(ref, i - solve.first_operand, cotangents)
         start = sum(self.wrt[: solve.first_y])
-        _store_leaves(self.method, refs[start : start + len(solve.field.y_shapes)], solve.field.y_shapes, cotangents.y)
+        _store_leaves(
+            self.method, refs[start : start + len(solve.field.y_shapes)], solve.field.y_shapes, cotangents.y
+        )
 
     def _store_operand(self, ref: Any, index: int, cotangents: _Cotangents) -> None:
         shape = self.solve.field.operands[index].shape
         shared = not self.solve.lane[self.solve.first_operand + index]
-        for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index], strict=True):
+        for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index] or [], strict=True):
             ref[(*at, ...)] = jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece
 
     def _initial_rows(self, cotangents: _Cotangents, first: State) -> _Cotangents:
@@ -746,4 +782,5 @@ class _Pullback:
 
 def _inner(a: Pieces, b: Pieces) -> Array:
     """Inner product of two states, per lane."""
-    return sum(jnp.sum(x * y, axis=tuple(range(x.ndim - 1))) for x, y in zip(a, b, strict=True))
+    products = [jnp.sum(x * y, axis=tuple(range(x.ndim - 1))) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, products)

@@ -22,7 +22,9 @@ from pykernels.tableau import ButcherTableau
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int32
 
-Pieces = list[Any]  # lane values of one pytree leaf or of several: a list of arrays whose last axis is the lane axis
+Pieces = list[
+    Any
+]  # lane values of one pytree leaf or of several: a list of arrays whose last axis is the lane axis
 
 Optional = Any  # a lane vector, or None where the kind of steps does not need it
 
@@ -106,7 +108,7 @@ def any_lane(mask: Bool[Array, " lanes"]) -> Bool[Array, ""]:
 
 def is_finite(pieces: Pieces) -> Bool[Array, " lanes"]:
     """Per lane, whether all elements are finite: the sum of x - x, which is 0 or NaN, costs no branches."""
-    return sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces) == 0
+    return jnp.equal(sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces), 0)
 
 
 class Method:
@@ -128,8 +130,16 @@ class Method:
         return [piece for leaf in outputs for piece in leaf]
 
     def step(
-        self, t: Array, h: Array, y: Pieces, k0: Pieces, operands: list[Pieces], mask: Array | None = None, *,
-        last: bool = True, dense: bool = False,
+        self,
+        t: Array,
+        h: Array,
+        y: Pieces,
+        k0: Pieces,
+        operands: list[Pieces],
+        mask: Array | None = None,
+        *,
+        last: bool = True,
+        dense: bool = False,
     ) -> tuple[list[Pieces], Pieces]:
         """Stages and new state of a step. `last` False leaves out the stage only an error or the next step needs."""
         tableau = self.tableau
@@ -144,7 +154,13 @@ class Method:
         return (self.extend(stages, t, h, y, operands, mask) if dense else stages), new
 
     def extend(
-        self, stages: list[Pieces], t: Array, h: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None
+        self,
+        stages: list[Pieces],
+        t: Array,
+        h: Array,
+        y: Pieces,
+        operands: list[Pieces],
+        mask: Array | None = None,
     ) -> list[Pieces]:
         """Append the stages that only the interpolant needs."""
         stages = list(stages)
@@ -156,8 +172,17 @@ class Method:
 class Stepper:
     """The arithmetic of attempts on one block: begin, attempt, and which lanes are still live."""
 
-    def __init__(self, solve: Solve, method: Method, t0: Array, t1: Array, dt0: Array | None, operands: list[Pieces]) -> None:
-        self.solve, self.method, self.t0, self.t1, self.dt0, self.operands = solve, method, t0, t1, dt0, operands
+    def __init__(
+        self, solve: Solve, method: Method, t0: Array, t1: Array, dt0: Optional, operands: list[Pieces]
+    ) -> None:
+        self.solve, self.method, self.t0, self.t1, self.dt0, self.operands = (
+            solve,
+            method,
+            t0,
+            t1,
+            dt0,
+            operands,
+        )
         eps = float(np.finfo(solve.field.dtype).eps)
         self.eps = eps
         self.direction = jnp.where(t1 >= t0, jnp.ones_like(t0), -jnp.ones_like(t0))
@@ -184,7 +209,9 @@ class Stepper:
 
     def begin(self, y: Pieces) -> State:
         tableau, solve = self.method.tableau, self.solve
-        k0 = self.method.field(self.t0, y, self.operands) if solve.carries_stage or solve.adaptive else None
+        k0: Any = (
+            self.method.field(self.t0, y, self.operands) if solve.carries_stage or solve.adaptive else None
+        )
         if not solve.adaptive:
             return State(None, None, None, (), y, k0 if solve.carries_stage else None, None, None, None)
         if self.dt0 is not None:
@@ -197,7 +224,15 @@ class Stepper:
         done = jnp.where(self.t0 == self.t1, SUCCESS, RUNNING)
         status = jnp.where(sound, done, NON_FINITE).astype(jnp.int32)
         return State(
-            self.t0, zero, h, (zero,) * solve.step.memory, y, k0 if solve.carries_stage else None, status, count, count
+            self.t0,
+            zero,
+            h,
+            (zero,) * solve.step.memory,
+            y,
+            k0 if solve.carries_stage else None,
+            status,
+            count,
+            count,
         )
 
     def _euler(self, h: Array, y: Pieces, k0: Pieces) -> Pieces:
@@ -208,7 +243,9 @@ class Stepper:
         """Whether any lane still runs, besides the bound on attempts."""
         return any_lane(state.status < 0) if state.status is not None else True
 
-    def attempt(self, state: State, i: Int32[Array, ""], forced: tuple[Array, Array] | None = None) -> tuple[State, Taken]:
+    def attempt(
+        self, state: State, i: Int32[Array, ""], forced: tuple[Array, Array] | None = None
+    ) -> tuple[State, Taken]:
         """Attempt number i. `forced` (live, accepted) are the decisions of the forward pass during a replay."""
         if self.solve.adaptive:
             return self._adaptive(state, forced)
@@ -234,7 +271,9 @@ class Stepper:
         if last_stage is not None and self.steps is not None:
             last_stage = select(live, last_stage, state.k0)
         end = jnp.where(last, self.t1, self.time(i + 1))
-        taken = Taken(t, h if self.steps is None else jnp.where(live, h, 0.0), end, live, state.y, stages, last, h)
+        taken = Taken(
+            t, h if self.steps is None else jnp.where(live, h, 0.0), end, live, state.y, stages, last, h
+        )
         return state._replace(y=new, k0=last_stage), taken
 
     def _adaptive(self, state: State, forced: tuple[Array, Array] | None) -> tuple[State, Taken]:
@@ -245,7 +284,7 @@ class Stepper:
         h = jnp.where(clipped, remaining, self.direction * state.h)
         k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
         stages, y1 = self.method.step(t, h, state.y, k0, self.operands)
-        error = [h * e for e in weighted_sum(tableau.error, stages)]
+        error = [h * e for e in weighted_sum(tableau.error or (), stages)]
         # The new state may not be finite where the field is not defined. Adding y1 - y1, zero or NaN, to the error rejects
         # it without a second pass over the stages: XLA computes the scaled error once, but whatever else depends on the
         # stages over again in every result of the loop.
@@ -305,8 +344,10 @@ def outcome(solve: Solve, stepper: Stepper, state: State) -> tuple[Array, Array,
 
 
 def plus(y: Pieces, h: Array, slope: Pieces) -> Pieces:
+    """y + h * slope."""
     return [a + h * b for a, b in zip(y, slope, strict=True)]
 
 
 def select(mask: Array, new: Pieces, old: Pieces) -> Pieces:
+    """The new pieces in the lanes of the mask, the old ones elsewhere."""
     return [jnp.where(mask, a, b) for a, b in zip(new, old, strict=True)]
