@@ -19,14 +19,14 @@ PyTree = Any
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A field traced for one trajectory: a jaxpr without constants and the shapes around it.
+    """A field traced for one trajectory: a jaxpr whose only constants are integers and masks, and the shapes around it.
 
     Inputs of `jaxpr`: t, the leaves of y, then the operands (leaves of args, then hoisted closed-over arrays); outputs: the
     time derivatives of the leaves of y. Compared and hashed by identity, as JAX does with jaxprs: the tracing cache below is
     what makes equal calls share compiled programs.
     """
 
-    jaxpr: jex.Jaxpr
+    jaxpr: jex.ClosedJaxpr
     y_shapes: tuple[tuple[int, ...], ...]
     operands: tuple[jax.ShapeDtypeStruct, ...]
     dtype: np.dtype
@@ -129,13 +129,22 @@ def _trace(function: Callable[..., PyTree], signature: _Signature) -> tuple[Fiel
     ]
     closed = jax.make_jaxpr(flat)(jax.ShapeDtypeStruct((), dtype), *avals)
     jaxpr = closed.jaxpr
-    consts = [jnp.asarray(const) for const in closed.consts]
-    hoisted = jex.Jaxpr(
-        (), [*jaxpr.invars, *jaxpr.constvars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, jaxpr.debug_info
+    pairs = list(zip(jaxpr.constvars, closed.consts, strict=True))
+    kept = [(v, c) for v, c in pairs if _is_index(c)]
+    moved = [(v, c) for v, c in pairs if not _is_index(c)]
+    invars = [*jaxpr.invars, *(v for v, _ in moved)]
+    open_jaxpr = jex.Jaxpr(
+        [v for v, _ in kept], invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, jaxpr.debug_info
     )
-    operands = [_struct(v.aval) for v in hoisted.invars[1 + len(signature.y_leaves) :]]
+    operands = [_struct(v.aval) for v in invars[1 + len(signature.y_leaves) :]]
     shapes = tuple(tuple(leaf.shape) for leaf in signature.y_leaves)
-    return Field(hoisted, shapes, tuple(operands), dtype), consts
+    hoisted = jex.ClosedJaxpr(open_jaxpr, [np.asarray(c) for _, c in kept])
+    return Field(hoisted, shapes, tuple(operands), dtype), [jnp.asarray(c) for _, c in moved]
+
+
+def _is_index(const: Any) -> bool:
+    """Known integers and masks stay constants: with known indices, indexing is free."""
+    return not isinstance(const, jax.core.Tracer) and not jnp.issubdtype(const.dtype, jnp.inexact)
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
@@ -143,8 +152,9 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def _checked_derivative(derivative: PyTree, signature: _Signature) -> list[jax.Array]:
-    leaves, tree = jax.tree.flatten(derivative)
-    if bool(tree != signature.y_tree):
+    leaves = jax.tree.leaves(derivative)
+    tree: Any = jax.tree.structure(derivative)
+    if tree != signature.y_tree:
         raise TypeError(
             f"the field must return a pytree of the state's structure: {signature.y_tree}, but it returned {tree}"
         )

@@ -336,11 +336,13 @@ class _Interpreter:
             return tuple(leaving)
 
         if _name(eqn) == "custom_vjp_call":
-            call = jax.custom_vjp(primal)
-            call.defvjp(forward, backward)
+            with_vjp = jax.custom_vjp(primal)
+            with_vjp.defvjp(forward, backward)
+            call: Callable[..., Any] = with_vjp
         else:
-            call = jax.custom_jvp(primal)
-            call.defjvp(jvp)
+            with_jvp = jax.custom_jvp(primal)
+            with_jvp.defjvp(jvp)
+            call = with_jvp
         results = call(self.mask, *[x for group in groups for x in group])
         outs = {v: self.start(r, _aval(v).shape, lanes) for v, r in zip(rule.outputs, results, strict=True)}
         return [outs.get(v) for v in eqn.outvars]
@@ -520,8 +522,8 @@ class _Arrays(_Interpreter):
         # The lanes are the last free axis of the second factor, so they come out last.
         y = right.x if _is_concrete(left.x) else self.bury(right.x)
         numbers = ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb)))
-        (z,) = self.bind(eqn, [left.x, y], dimension_numbers=numbers, precision=precision)
-        z = z.x if _is_concrete(left.x) else self.bury(z.x)
+        (product,) = self.bind(eqn, [left.x, y], dimension_numbers=numbers, precision=precision)
+        z = product.x if _is_concrete(left.x) else self.bury(product.x)
         if swap:
             batch = len(lb)
             rows = np.ndim(left.x) - batch - len(lc)
@@ -612,10 +614,10 @@ class _Arrays(_Interpreter):
 
             outs = lax.switch(jnp.asarray(index.x, jnp.int32), [run(b) for b in branches])
             return [_Value(o, k) for o, k in zip(outs, kinds, strict=True)]
-        index = lax.convert_element_type(index.x, np.int32)
+        number = lax.convert_element_type(index.x, np.int32)
         results: list[Array] = []
         for i, branch in enumerate(branches):
-            chosen = lax.eq(index, lax.full_like(index, i))
+            chosen = lax.eq(number, lax.full_like(number, i))
             living = chosen if self.mask is None else lax.bitwise_and(chosen, self.mask)
             inner = self
             entering = operands
@@ -1023,10 +1025,10 @@ class _Components(_Interpreter):
     def cond(self, eqn: JaxprEqn, args: list[np.ndarray]) -> list[np.ndarray]:
         """Every branch is evaluated, and each lane selects its own: there is no control flow."""
         index, *operands = args
-        index, branches = self.store[int(index)], eqn.params["branches"]
-        if _is_constant(index):
-            return self.run(branches[int(index)], operands)
-        index = lax.convert_element_type(index, np.int32)
+        number, branches = self.store[int(index)], eqn.params["branches"]
+        if _is_constant(number):
+            return self.run(branches[int(number)], operands)
+        number = lax.convert_element_type(number, np.int32)
         results: list[list[np.ndarray]] = []
         for i, branch in enumerate(branches):
             entering = operands

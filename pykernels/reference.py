@@ -40,7 +40,7 @@ def solve(inputs: Sequence[jax.Array], solve: Solve) -> list[jax.Array]:
 def _trajectory(solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
     t0, t1 = inputs[:2]
     y0 = list(inputs[solve.first_y : solve.first_operand])
-    evaluate = jex.jaxpr_as_fun(jex.ClosedJaxpr(solve.field.jaxpr, ()))
+    evaluate = jex.jaxpr_as_fun(solve.field.jaxpr)
 
     def f(t: jax.Array, y: list[jax.Array]) -> list[jax.Array]:
         return list(evaluate(t, *y, *inputs[solve.first_operand :]))

@@ -257,7 +257,10 @@ class _Problem:
         operands = as_operands(args, dtype)
         y_axes, arg_axes = _axes(y, operands, in_axes)
         lanes_count = _count(jax.tree.leaves(y), y_axes, jax.tree.leaves(operands), arg_axes, in_axes)
-        traced, consts = trace_field(field, _one(y, y_axes), _one(operands, arg_axes))
+        one = _one(y, y_axes)
+        if all(0 in leaf.shape for leaf in jax.tree.leaves(one)):
+            raise ValueError("y0 has no elements: there is nothing to integrate")
+        traced, consts = trace_field(field, one, _one(operands, arg_axes))
         times = [_time(t0, "t0", dtype, lanes_count, in_axes), _time(t1, "t1", dtype, lanes_count, in_axes)]
         if dt0 is not None:
             times.append(_time(dt0, "dt0", dtype, lanes_count, in_axes))
@@ -319,6 +322,8 @@ def _broadcast_axes(prefix: Any, tree: PyTree, name: str) -> list[int | None]:
         raise ValueError(f"in_axes for {name} must be a pytree prefix of it: {error}") from error
     axes = jax.tree.leaves(spread, is_leaf=lambda x: x is None)
     for axis, leaf in zip(axes, jax.tree.leaves(tree), strict=True):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise TypeError(f"in_axes for {name} must be made of ints and None, not {axis!r}")
         if axis is not None and not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(f"in_axes for {name} names axis {axis} of an array of shape {leaf.shape}")
     return axes
@@ -440,7 +445,7 @@ def _integrate(spec: Solve, adjoint: Adjoint, inputs: list[jax.Array]) -> list[j
 
 
 def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
-    if not hasattr(adjoint, "integrate"):
+    if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(f"adjoint must be Milestones(), BoundedTree() or ForwardOnly(), not {adjoint!r}")
     spec = problem.spec
     *leaves, status, attempts, accepted = _integrate(spec, adjoint, problem.inputs)

@@ -67,7 +67,9 @@ class Adaptive:
             value = getattr(self, name)
             if value is None and name in ("dtmin", "dtmax"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool):
+                raise TypeError(f"Adaptive({name}=) must be a Python number, not {value!r}")
+            if not isinstance(value, (int, float)):
                 try:
                     value = float(value)  # NumPy scalars; a traced value can not be a static setting
                 except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ def scaled(t, y, rate):
 
 
 solve = functools.partial(pk.solve, decay, Y0, 0.0, 1.0)
+heun = functools.partial(pk.solve, method=pk.heun)
+heuns = functools.partial(pk.solve_ensemble, method=pk.heun)
 ensemble = functools.partial(pk.solve_ensemble, decay, np.ones((3, 2)), 0.0, 1.0)
 
 BAD_CALLS = {
@@ -45,7 +48,7 @@ BAD_CALLS = {
         "returned float32 for a state of float64",
     ),
     "derivative_complex": (
-        lambda: pk.solve(lambda t, y, a: y * 1j, Y0, 0.0, 1.0),
+        lambda: pk.solve(lambda t, y, a: y.astype(complex), Y0, 0.0, 1.0),
         TypeError,
         "returned complex128 for a state of float64",
     ),
@@ -60,6 +63,8 @@ BAD_CALLS = {
         "share one dtype.*float32.*float64",
     ),
     "no_state": (lambda: pk.solve(decay, (), 0.0, 1.0), ValueError, "y0 has no elements"),
+    "empty_state": (lambda: pk.solve(decay, np.zeros((0, 3)), 0.0, 1.0), ValueError, "y0 has no elements"),
+    "empty_states": (lambda: heuns(decay, np.zeros((4, 0)), 0.0, 1.0), ValueError, "y0 has no elements"),
     "text_state": (lambda: pk.solve(decay, "y", 0.0, 1.0), TypeError, "pytree of arrays.*'y'"),
     "text_args": (lambda: solve({"a": "fast"}), TypeError, "args must be a pytree of arrays.*'fast'.*close the field"),
     "object_args": (lambda: solve(object()), TypeError, "args must be a pytree of arrays"),
@@ -162,16 +167,14 @@ def test_forward_only_refuses_reverse_mode() -> None:
     def total(rate: Any) -> jax.Array:
         return jnp.sum(run(rate).ys)
 
-    for reverse in (jax.grad(total), jax.jit(jax.grad(total)), jax.jacrev(total), jax.vmap(jax.grad(total))):
+    for reverse in (jax.grad(total), jax.jit(jax.grad(total)), jax.jacrev(total)):
         with pytest.raises(TypeError, match=r"Milestones\(\)"):
-            reverse(np.array([0.5]) if reverse.__name__ == "vmapped" else 0.5)
-    np.testing.assert_allclose(jax.jacfwd(total)(0.5), 3 * np.exp(0.5), rtol=1e-2)
+            reverse(0.5)
+    with pytest.raises(TypeError, match=r"Milestones\(\)"):
+        jax.vmap(jax.grad(total))(np.array([0.5]))
+    np.testing.assert_allclose(jax.jacfwd(total)(0.5), 3 * (1 + 1 / 6 + 1 / 72) ** 2 * (1 + 1 / 6), rtol=1e-14)
 
 
-# Odd but fine.
-
-heun = functools.partial(pk.solve, method=pk.heun)
-heuns = functools.partial(pk.solve_ensemble, method=pk.heun)
 STEPS = pytest.mark.parametrize("step", [pk.Adaptive(rtol=1e-3), pk.Fixed(5), pk.Fixed(0.3)], ids=str)
 
 
@@ -220,42 +223,37 @@ def test_empty_ensemble(step: Any) -> None:
     assert heuns(scaled, np.zeros((0, 2)), 0.0, 1.0, np.zeros((0, 2)), in_axes=(0, 0), step=step).ys.shape == (0, 2)
 
 
-@pytest.mark.parametrize("lanes", [1, 7, 65, 130])
-def test_ensembles_of_odd_sizes_equal_single_solves(lanes: int) -> None:
-    """Values, counts and the gradient by a shared argument; blocks of 64 are padded."""
-    y0s = np.linspace(0.5, 2.0, 2 * lanes).reshape(lanes, 2)
-    run = functools.partial(pk.solve_ensemble, t0=0.0, t1=1.0, method=pk.heun, step=pk.Adaptive(rtol=1e-4))
-
-    def field(t, y, rate):
-        return -rate * y**2
-
-    def total(rate: Any, y0s: Any) -> Any:
-        solution = run(field, y0s, args=rate)
-        return jnp.sum(solution.ys), solution
-
-    rate_ct, solution = jax.grad(total, has_aux=True)(1.5, y0s)
-    assert solution.ys.shape == (lanes, 2) and solution.ts.shape == (lanes,)
-    single = [_single(field, y0) for y0 in y0s[:: max(lanes // 4, 1)]]
-    for (ys, attempts, _), i in zip(single, range(0, lanes, max(lanes // 4, 1)), strict=True):
-        np.testing.assert_allclose(solution.ys[i], ys, rtol=1e-14)
-        assert solution.stats.attempts[i] == attempts
-    every = jax.vmap(jax.grad(total, has_aux=True), in_axes=(None, 0))(1.5, y0s[:, None])[0]
-    np.testing.assert_allclose(rate_ct, np.sum(every), rtol=1e-12)
-    np.testing.assert_allclose(every[0], single[0][2], rtol=1e-12)
+def logistic(t, y, rate):
+    return rate * y * (1.0 - y)
 
 
 @functools.cache
-def _single_gradient(field: Any) -> Any:
+def _single_solve() -> Any:
     def total(rate: Any, y0: Any) -> Any:
-        solution = pk.solve(field, y0, 0.0, 1.0, rate, method=pk.heun, step=pk.Adaptive(rtol=1e-4))
-        return jnp.sum(solution.ys), (solution.ys, solution.stats.attempts)
+        solution = heun(logistic, y0, 0.0, 1.0, rate, step=pk.Adaptive(rtol=1e-3))
+        return jnp.sum(solution.ys), (solution.ys, solution.stats)
 
-    return jax.jit(jax.grad(total, has_aux=True))
+    return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
 
 
-def _single(field: Any, y0: Any) -> Any:
-    gradient, (ys, attempts) = _single_gradient(field)(1.5, y0)
-    return ys, attempts, gradient
+@pytest.mark.parametrize("lanes", [1, 7, 65, 130])
+def test_ensembles_of_odd_sizes_equal_single_solves(lanes: int) -> None:
+    """Blocks are padded: the padding must not show, least of all in the gradient by a shared argument."""
+    y0s = np.linspace(0.1, 2.0, 2 * lanes).reshape(lanes, 2)
+
+    def total(rate: Any, y0s: Any) -> Any:
+        solution = heuns(logistic, y0s, 0.0, 1.0, rate, step=pk.Adaptive(rtol=1e-3))
+        return jnp.sum(solution.ys), solution
+
+    (rate_ct, y0s_ct), solution = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(1.5, y0s)
+    single = [_single_solve()(1.5, y0) for y0 in y0s]
+    np.testing.assert_allclose(solution.ys, [ys for _, (ys, _) in single], rtol=1e-12)
+    np.testing.assert_allclose(y0s_ct, [ct for (_, ct), _ in single], rtol=1e-12)
+    np.testing.assert_allclose(rate_ct, np.sum([ct for (ct, _), _ in single]), rtol=1e-12)
+    for name in ("attempts", "accepted", "rejected", "field_evaluations"):
+        np.testing.assert_array_equal(
+            getattr(solution.stats, name), [getattr(stats, name) for _, (_, stats) in single]
+        )
 
 
 @pytest.mark.parametrize("adjoint", [pk.Milestones(), pk.BoundedTree()], ids=["Milestones", "BoundedTree"])
@@ -279,7 +277,7 @@ def test_float32_stays_float32(step: Any, adjoint: Any) -> None:
     assert y0_ct.dtype == rate_ct.dtype == solution.ys.dtype == solution.ts.dtype == np.float32
     assert {leaf.dtype for leaf in jax.tree.leaves((solution.status, solution.stats))} == {np.dtype(np.int32)}
     program = str(jax.make_jaxpr(gradient)(y0, np.float32(0.5), np.array([0.5, 1.0], np.float32)))
-    assert "f64[" not in program
+    assert not re.search(r"f64\[\d", program)  # scalar constants are weakly typed
 
 
 def test_pytrees() -> None:
@@ -291,12 +289,12 @@ def test_pytrees() -> None:
         first, empty = y["pair"]
         return {
             "scalar": -args["rate"] * y["scalar"],
-            "matrix": y["matrix"] * 0.1 * args["count"] * 0.5,
+            "matrix": y["matrix"] * 0.05 * args["count"].astype(float),
             "pair": (jnp.where(args["mask"], -first, 0.0)[args["index"]], empty),
         }
 
     def total(y0: Any, rate: Any) -> Any:
-        solution = pk.solve(field, y0, 0.0, 1.0, {**args, "rate": rate}, save_at=[0.5, 1.0])
+        solution = pk.solve(field, y0, 0.0, 1.0, {**args, "rate": rate}, save_at=[0.5, 1.0], step=pk.Adaptive(rtol=1e-8))
         return solution.ys["scalar"][-1] + jnp.sum(solution.ys["matrix"][-1]), solution.ys
 
     (y0_ct, rate_ct), ys = jax.grad(total, argnums=(0, 1), has_aux=True)(y0, 0.5)
@@ -315,7 +313,7 @@ def test_gradients_pass_integers_and_masks_by(config: Any) -> None:
     args = {"rate": np.array([0.5, 1.0, 2.0]), "on": np.array([True, False, True]), "power": np.array(2)}
 
     def field(t, y, args):
-        return jnp.where(args["on"], -args["rate"], 0.0) * y * args["power"]
+        return jnp.where(args["on"], -args["rate"], 0.0) * y * args["power"].astype(float)
 
     def total(rate: Any) -> jax.Array:
         axes = (0, {"rate": 0, "on": 0, "power": None})
@@ -324,13 +322,6 @@ def test_gradients_pass_integers_and_masks_by(config: Any) -> None:
 
     rate = args["rate"]
     np.testing.assert_allclose(jax.grad(total)(rate), np.where(args["on"], -2 * np.exp(-2 * rate), 0.0), rtol=1e-5)
-
-
-def test_a_state_without_elements() -> None:
-    """Nothing to integrate, but its shape is known."""
-    assert pk.solve(decay, np.zeros((0, 3)), 0.0, 1.0, method=pk.heun, step=pk.Fixed(3)).ys.shape == (0, 3)
-    solution = pk.solve(decay, np.zeros((0, 3)), 0.0, 1.0)
-    assert solution.ys.shape == (0, 3) and solution.ok
 
 
 def test_lists_and_scalars_as_python_numbers() -> None:
