@@ -209,13 +209,14 @@ def selected(only: str = "", quick: bool = False) -> list[Case]:
     ]
 
 
-def pykernels_program(problem: Problem, gradient: bool) -> Program:
-    """pykernels with its default adjoint."""
+def pykernels_program(problem: Problem, gradient: bool, config: pk.Config | None = None) -> Program:
+    """pykernels with its default adjoint and, unless told otherwise, its own choice of how to run."""
     field = problem.field()
     adaptive = problem.fixed_steps is None
     settings: dict[str, Any] = {
         "step": pk.Adaptive(problem.rtol, problem.atol) if adaptive else pk.Fixed(problem.fixed_steps),
         "dt0": FIRST_STEP if adaptive else None,
+        "config": config,
     }
 
     def final(y0s: Any, args: Any) -> Any:

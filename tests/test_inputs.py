@@ -294,7 +294,7 @@ def test_pytrees() -> None:
         }
 
     def total(y0: Any, rate: Any) -> Any:
-        solution = pk.solve(field, y0, 0.0, 1.0, {**args, "rate": rate}, save_at=[0.5, 1.0], step=pk.Adaptive(rtol=1e-8))
+        solution = pk.solve(field, y0, 0.0, 1.0, {**args, "rate": rate}, save_at=[0.5, 1.0], step=pk.Adaptive(rtol=1e-8, atol=1e-9))
         return solution.ys["scalar"][-1] + jnp.sum(solution.ys["matrix"][-1]), solution.ys
 
     (y0_ct, rate_ct), ys = jax.grad(total, argnums=(0, 1), has_aux=True)(y0, 0.5)

@@ -15,7 +15,7 @@ import pykernels as pk
 from pykernels import primitives, schedule
 from pykernels.field import trace_field
 from pykernels.interpolation import weighted_sum
-from pykernels.kernels import body
+from pykernels.kernels import stepper as kernel
 from pykernels.stepsize import scaled_error
 
 # An ensemble of scalar equations whose frequencies, and so their numbers of attempts, differ.
@@ -188,7 +188,7 @@ def pendulum_rounded_otherwise(t, y, p):
 class Recorded(NamedTuple):
     """A forward pass with its record. Rows and lanes as in `kernels.body`."""
 
-    solve: body.Solve
+    solve: kernel.Solve
     record: schedule.Record
     inputs: list[jax.Array]
     y: jax.Array
@@ -199,10 +199,10 @@ class Recorded(NamedTuple):
     states: jax.Array
 
 
-def spec_of(field: Any, kind: str, step: pk.Adaptive, max_steps: int, dtype: Any, block: int) -> body.Solve:
+def spec_of(field: Any, kind: str, step: pk.Adaptive, max_steps: int, dtype: Any, block: int) -> kernel.Solve:
     traced, consts = trace_field(field, jax.ShapeDtypeStruct((2,), dtype), jax.ShapeDtypeStruct((3,), dtype))
     assert not consts
-    return body.Solve(traced, pk.tsit5, step, max_steps, False, None, kind, (False, False, True, False), block)
+    return kernel.Solve(traced, pk.tsit5, step, max_steps, False, None, kind, (False, False, True, False), block)
 
 
 def record_pendula(lanes: int, t1: float, step: pk.Adaptive, max_steps: int, scratch: int) -> Recorded:
@@ -235,13 +235,13 @@ def replay_program(recorded: Recorded) -> Any:
     operands = [[p]]
 
     def replay(start: jax.Array, decisions: jax.Array) -> Any:
-        method = body.Method(solve, differentiated=True)
-        stepper = body.Stepper(solve, method, jnp.full(lanes, t0), jnp.full(lanes, t1), None, operands)
+        method = kernel.Method(solve, differentiated=True)
+        stepper = kernel.Stepper(solve, method, jnp.full(lanes, t0), jnp.full(lanes, t1), None, operands)
         row = schedule.slot(start, record)
         t, low, h = recorded.scalars[row]
         y = [recorded.states[row]]
         k0 = method.field(t, y, operands) if solve.carries_stage else None
-        state = body.State(t, low, h, (), y, k0, None, None, None)
+        state = kernel.State(t, low, h, (), y, k0, None, None, None)
 
         def attempt(state: Any, i: jax.Array) -> Any:
             live = i < attempts
