@@ -19,7 +19,7 @@ from jax import lax
 
 from pykernels import primitives
 from pykernels.interpolation import dense_weights, weighted_sum
-from pykernels.kernels import body
+from pykernels.kernels import body, xla
 from pykernels.kernels.stepper import SUCCESS, Method, Pieces, Solve, State, Stepper, outcome
 from pykernels.schedule import Record, record_for
 
@@ -171,8 +171,9 @@ class _Tree(NamedTuple):
 
 
 def _bounded_tree(adjoint: BoundedTree, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-    method = Method(solve, differentiated=True)
     lanes = inputs[solve.first_y].shape[-1]
+    solve = xla.resolve(solve, lanes, differentiated=True)
+    method = Method(solve, differentiated=True)
 
     def with_lanes(index: int) -> jax.Array:
         value = inputs[index]

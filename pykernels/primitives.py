@@ -85,6 +85,7 @@ def _define(
 
 def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.Array]:
     lanes = _lanes(inputs, solve)
+    solve = xla.resolve(solve, lanes, differentiated=False)
     buffers = body.forward_buffers(solve, record)
     results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
     count = len(solve.field.y_shapes)
@@ -121,6 +122,7 @@ def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bo
     )
     attempts = jnp.where(failed | ~used, 0, attempts)
     cotangents = [jnp.where(failed, 0.0, ct) for ct in cotangents]
+    solve = xla.resolve(solve, lanes, differentiated=True)
     results, scratch = body.backward_buffers(solve, record, wrt)
     kernel = body.backward(solve, record, wrt)
     kernel_inputs = [*inputs, attempts, *recorded, *cotangents]

@@ -28,7 +28,7 @@ FieldFunction = Callable[..., PyTree]
 
 # Above these, XLA's loops over single components take longer, to compile and to run, than loops over whole arrays.
 # Measured with `bench/lifts.py`.
-COMPONENT_OPERATIONS = 64
+COMPONENT_OPERATIONS = 24
 COMPONENT_ELEMENTS = 8
 
 
@@ -222,7 +222,7 @@ def explain(
     spec = problem.spec
     return Explanation(
         plan="array" if spec.kind == "vmap" else "lanes",
-        lift=spec.kind,
+        lift="components" if spec.kind == "small" else spec.kind,
         reason=problem.reason,
         runner="xla",
         block=xla.block_size(problem.lanes, spec.block),
@@ -281,7 +281,7 @@ class _Problem:
         kind, reason = _plan(traced, lane[len(times) + len(rows) :], config)
         spec = Solve(
             traced, method, step, max_steps, dt0 is not None, rows[0].shape[0] if rows else None, kind, tuple(lane),
-            config.block or xla.default_block(dtype),
+            config.block or xla.default_block(traced, kind),
         )  # fmt: skip
         return _Problem(spec, inputs, lanes_count, reason, jax.tree.structure(y), in_axes is None, saves)
 
@@ -436,7 +436,10 @@ def _plan(field: Field, lane: Sequence[bool], config: Config) -> tuple[str, str]
             "arrays",
             f"{operations} operations on {field.elements} state elements: whole arrays are faster",
         )
-    return "components", f"{operations} operations on {field.elements} state elements fit into registers"
+    return "small", (
+        f"{operations} operations on {field.elements} state elements fit into registers "
+        f"(forward, fewer than {xla.FEW_LANES} trajectories are lifted as arrays)"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -465,10 +468,7 @@ def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
 
 
 def _evaluations(spec: Solve, attempts: jax.Array) -> jax.Array:
-    """Field evaluations of the integration itself (not those of interpolants that need further stages)."""
-    saved = spec.carries_stage or (
-        spec.method.fsal and not spec.adaptive
-    )  # the last stage only serves the error
-    first = int(spec.carries_stage or spec.adaptive) + int(spec.adaptive and not spec.has_dt0)
-    per_attempt = spec.method.stages - saved
+    """Field evaluations as the method counts them: every stage once, an FSAL stage for two steps, interpolants apart."""
+    per_attempt = spec.method.stages - spec.method.fsal
+    first = int(spec.method.fsal or spec.adaptive) + int(spec.adaptive and not spec.has_dt0)
     return attempts * per_attempt + first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def _perceptron_args(dtype=np.float64):
             (rng.normal(size=(after, before)) / np.sqrt(before)).astype(dtype),
             (0.1 * rng.normal(size=after)).astype(dtype),
         )
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+        for before, after in itertools.pairwise(sizes)
     ]
 
 
@@ -114,9 +115,16 @@ def _named(**values: float) -> Callable[..., dict[str, np.ndarray]]:
 
 
 LORENZ = Problem("lorenz", _lorenz, _vector(1.0, 2.0, 20.0), _scalars(10.0, 28.0, 8 / 3), 0.0, 2.0)
-LOTKA_VOLTERRA = Problem("lotka_volterra", _lotka_volterra, _scalars(2.0, 1.0), _vector(1.1, 0.4, 0.4, 0.1), 0.0, 10.0)
+LOTKA_VOLTERRA = Problem(
+    "lotka_volterra", _lotka_volterra, _scalars(2.0, 1.0), _vector(1.1, 0.4, 0.4, 0.1), 0.0, 10.0
+)
 PENDULUM = Problem(
-    "pendulum", _pendulum, _named(angle=2.5, speed=0.1), _named(gravity=9.81, length=1.2, damping=0.05), 0.0, 4.0
+    "pendulum",
+    _pendulum,
+    _named(angle=2.5, speed=0.1),
+    _named(gravity=9.81, length=1.2, damping=0.05),
+    0.0,
+    4.0,
 )
 KEPLER = Problem(
     "kepler",
@@ -139,7 +147,9 @@ PERCEPTRON = Problem("perceptron", _perceptron, _vector(1.0, -0.7), _perceptron_
 #: The eight reference problems.
 PROBLEMS = (LORENZ, LOTKA_VOLTERRA, PENDULUM, KEPLER, FORCED_OSCILLATOR, SIR, COUPLED, PERCEPTRON)
 
-DECAY = Problem("decay", _decay, _vector(1.0, 2.0, -0.5), lambda dtype=np.float64: np.asarray(0.8, dtype), 0.0, 1.5)
+DECAY = Problem(
+    "decay", _decay, _vector(1.0, 2.0, -0.5), lambda dtype=np.float64: np.asarray(0.8, dtype), 0.0, 1.5
+)
 
 
 def decay_solution(t: float, y0: np.ndarray, rate: float) -> np.ndarray:

@@ -43,12 +43,25 @@ Y0 = np.array([animal[0] for animal in ANIMALS.values()])
 T1 = np.array([animal[1] for animal in ANIMALS.values()])
 ARGS = tuple(np.array(column) for column in zip(*[animal[2] for animal in ANIMALS.values()], strict=True))
 STEPS = {"adaptive": pk.Adaptive(rtol=1e-3, atol=1e-5), "fixed": pk.Fixed(0.01)}
-EXPECTED = {"adaptive": [animal[3] for animal in ANIMALS.values()], "fixed": [animal[4] for animal in ANIMALS.values()]}
+EXPECTED = {
+    "adaptive": [animal[3] for animal in ANIMALS.values()],
+    "fixed": [animal[4] for animal in ANIMALS.values()],
+}
 
 
 def run_zoo(kind: str, config: pk.Config | None = None, **options: Any) -> pk.Solution:
     return pk.solve_ensemble(
-        zoo, Y0, 0.0, T1, ARGS, in_axes=(0, 0), method=pk.bosh3, step=STEPS[kind], max_steps=500, config=config, **options
+        zoo,
+        Y0,
+        0.0,
+        T1,
+        ARGS,
+        in_axes=(0, 0),
+        method=pk.bosh3,
+        step=STEPS[kind],
+        max_steps=500,
+        config=config,
+        **options,
     )
 
 
@@ -103,7 +116,9 @@ def test_the_error_names_trajectories_and_reasons() -> None:
 
 def test_the_error_of_a_single_trajectory() -> None:
     bad = tuple(a[1] for a in ARGS)
-    with pytest.raises(pk.SolveError, match="1 of 1 trajectories failed; the step would have to go under") as caught:
+    with pytest.raises(
+        pk.SolveError, match="1 of 1 trajectories failed; the step would have to go under"
+    ) as caught:
         pk.solve(zoo, Y0[1], 0.0, 1.0, bad, method=pk.bosh3)
     assert caught.value.status == Status.STEP_TOO_SMALL and "trajectory 0" not in str(caught.value)
     solution = pk.solve(zoo, Y0[1], 0.0, 1.0, bad, method=pk.bosh3, throw=False)
@@ -120,7 +135,9 @@ def test_transformations_do_not_raise() -> None:
     assert np.isnan(jax.jit(value)(2.0, bad))
     gradient = jax.jit(jax.grad(value))
     assert np.isnan(gradient(2.0, bad)) and np.isfinite(gradient(2.0, good))
-    both = jax.vmap(value)(np.array([1.0, 2.0]), tuple(np.array(pair) for pair in zip(good, bad, strict=True)))
+    both = jax.vmap(value)(
+        np.array([1.0, 2.0]), tuple(np.array(pair) for pair in zip(good, bad, strict=True))
+    )
     np.testing.assert_array_equal(np.isnan(both), [False, True])
 
 
@@ -157,13 +174,16 @@ def gradient_of(kind: str, config: pk.Config, adjoint: Any, saves: bool = False)
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
-ADJOINTS = [(pk.Milestones(), name, saves) for name in PLANS for saves in (False, True)]
+ADJOINTS = [(pk.Milestones(), name, False) for name in PLANS]
+ADJOINTS += [(pk.Milestones(), name, True) for name in ("components", "arrays")]
 ADJOINTS += [(pk.BoundedTree(), name, False) for name in ("components", "arrays")]
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "fixed"])
 @pytest.mark.parametrize(
-    ("adjoint", "plan", "saves"), ADJOINTS, ids=[f"{type(a).__name__}-{n}{'-saved' * s}" for a, n, s in ADJOINTS]
+    ("adjoint", "plan", "saves"),
+    ADJOINTS,
+    ids=[f"{type(a).__name__}-{n}{'-saved' * s}" for a, n, s in ADJOINTS],
 )
 def test_gradients_beside_a_failed_trajectory(kind: str, adjoint: Any, plan: str, saves: bool) -> None:
     gradient = gradient_of(kind, PLANS[plan], adjoint, saves)
@@ -192,10 +212,21 @@ def test_forward_mode_beside_a_failed_trajectory(kind: str) -> None:
 
     def values(y0s: jax.Array, args: Any) -> jax.Array:
         return pk.solve_ensemble(
-            growing, y0s, 0.0, 1.0, args, in_axes=AXES, method=pk.bosh3, step=step, adjoint=pk.ForwardOnly(), max_steps=128
+            growing,
+            y0s,
+            0.0,
+            1.0,
+            args,
+            in_axes=AXES,
+            method=pk.bosh3,
+            step=step,
+            adjoint=pk.ForwardOnly(),
+            max_steps=128,
         ).ys
 
-    push = jax.jit(lambda y0s: jax.jvp(values, (y0s, SHARED), (jnp.ones_like(y0s), jax.tree.map(np.ones_like, SHARED))))
+    push = jax.jit(
+        lambda y0s: jax.jvp(values, (y0s, SHARED), (jnp.ones_like(y0s), jax.tree.map(np.ones_like, SHARED)))
+    )
     ys, tangents = push(FATAL)
     wanted_ys, wanted_tangents = push(HARMLESS)
     assert np.all(np.isnan(ys[BAD])) and np.all(np.isnan(tangents[BAD]))
@@ -230,6 +261,10 @@ def test_one_of_256_diverges(kind: str) -> None:
     wanted_ys, wanted_gradients, wanted_stats, all_ok = everything(harmless, rates)
     np.testing.assert_array_equal(ok, others)
     assert np.all(all_ok) and np.isnan(ys[bad]) and all(np.isnan(ct[bad]) for ct in gradients)
-    for mine, wanted in zip(jax.tree.leaves((ys, gradients, stats)), jax.tree.leaves((wanted_ys, wanted_gradients, wanted_stats)), strict=True):
+    for mine, wanted in zip(
+        jax.tree.leaves((ys, gradients, stats)),
+        jax.tree.leaves((wanted_ys, wanted_gradients, wanted_stats)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(mine[others], wanted[others])
     assert all(np.all(np.isfinite(ct[others])) for ct in gradients)

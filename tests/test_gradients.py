@@ -19,7 +19,12 @@ import pykernels as pk
 
 LANES = 3
 DT0 = 0.01
-_SOLVERS = {"bosh3": diffrax.Bosh3, "tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5, "dopri8": diffrax.Dopri8}
+_SOLVERS = {
+    "bosh3": diffrax.Bosh3,
+    "tsit5": diffrax.Tsit5,
+    "dopri5": diffrax.Dopri5,
+    "dopri8": diffrax.Dopri8,
+}
 
 
 def loss(ys: Any) -> jax.Array:
@@ -60,7 +65,8 @@ class Case:
     shared: bool
 
     def __str__(self) -> str:
-        return f"{self.problem.name}-{self.method.name}-{'saved' if self.saved else 'final'}-{'shared' if self.shared else 'lanes'}"
+        values, args = "saved" if self.saved else "final", "shared" if self.shared else "lanes"
+        return f"{self.problem.name}-{self.method.name}-{values}-{args}"
 
     @property
     def save_at(self) -> jax.Array | None:
@@ -120,7 +126,15 @@ def test_gradients_and_steps_are_those_of_diffrax(case: Case) -> None:
 
     def theirs(y0: Any, args: Any) -> Any:
         ys, stats = diffrax_solve(
-            problem, case.method, diffrax_controller(case.step), problem.t0, problem.t1, DT0, save_at, y0, args
+            problem,
+            case.method,
+            diffrax_controller(case.step),
+            problem.t0,
+            problem.t1,
+            DT0,
+            save_at,
+            y0,
+            args,
         )
         return loss(ys), (ys, stats)
 
@@ -140,7 +154,9 @@ def test_gradients_and_steps_are_those_of_diffrax(case: Case) -> None:
 
 def test_the_cases_cover_rejections_and_every_kind_of_argument() -> None:
     """The comparison above would be blind to rejected steps if none of its solves had any."""
-    assert {(case.saved, case.shared) for case in CASES} == {(a, b) for a in (True, False) for b in (True, False)}
+    assert {(case.saved, case.shared) for case in CASES} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
     assert {case.problem for case in CASES} == set(problems.PROBLEMS)
     rejected = {
         case.problem.name: int(
@@ -180,11 +196,18 @@ def _assert_times_close(ours: Any, theirs: Any) -> None:
 def test_gradients_by_all_times_saved_at_both_ends() -> None:
     problem, method, step = problems.FORCED_OSCILLATOR, pk.tsit5, settings(1e-6, 1e-8)
     args, oracle = _time_gradients(problem, method, step, saved=True)
-    times = {"t0": problem.t0, "t1": problem.t1, "dt0": 0.02, "save_at": np.linspace(problem.t0, problem.t1, 6)}
+    times = {
+        "t0": problem.t0,
+        "t1": problem.t1,
+        "dt0": 0.02,
+        "save_at": np.linspace(problem.t0, problem.t1, 6),
+    }
     times, y0 = on_device(times), on_device(problem.y0())
 
     def ours(times: Any, y0: Any) -> Any:
-        return loss(pk.solve(problem.field, y0, args=args, method=method, step=step, max_steps=512, **times).ys)
+        return loss(
+            pk.solve(problem.field, y0, args=args, method=method, step=step, max_steps=512, **times).ys
+        )
 
     mine, mine_y = jax.jit(jax.grad(ours, argnums=(0, 1)))(times, y0)
     exact, exact_y = oracle(times, y0)
@@ -195,11 +218,17 @@ def test_gradients_by_all_times_saved_at_both_ends() -> None:
 def test_gradients_by_times_of_each_trajectory() -> None:
     problem, method, step = problems.LORENZ, pk.bosh3, settings(1e-4, 1e-6)
     args, oracle = _time_gradients(problem, method, step, saved=False)
-    times = {"t0": np.array([0.0, 0.1, -0.2]), "t1": np.array([1.0, 0.7, 0.4]), "dt0": np.array([0.01, 0.005, 0.02])}
+    times = {
+        "t0": np.array([0.0, 0.1, -0.2]),
+        "t1": np.array([1.0, 0.7, 0.4]),
+        "dt0": np.array([0.01, 0.005, 0.02]),
+    }
     times, y0s = on_device(times), on_device(problems.spread(problem.y0(), LANES))
 
     def ours(times: Any, y0s: Any) -> Any:
-        ys = pk.solve_ensemble(problem.field, y0s, args=args, method=method, step=step, max_steps=512, **times).ys
+        ys = pk.solve_ensemble(
+            problem.field, y0s, args=args, method=method, step=step, max_steps=512, **times
+        ).ys
         return lane_losses(ys)
 
     mine, mine_y = jax.jit(jax.grad(ours, argnums=(0, 1)))(times, y0s)
@@ -238,7 +267,9 @@ def test_fixed_steps_and_their_gradients_are_those_of_diffrax(step: pk.Fixed) ->
         return loss(solution.ys), solution
 
     ends = jnp.asarray(problem.t0), jnp.asarray(problem.t0 + 3.0)
-    (*mine, y0_ct, args_ct), solution = jax.jit(jax.grad(ours, argnums=(0, 1, 2, 3), has_aux=True))(*ends, y0, args)
+    (*mine, y0_ct, args_ct), solution = jax.jit(jax.grad(ours, argnums=(0, 1, 2, 3), has_aux=True))(
+        *ends, y0, args
+    )
     times, pull = jax.vjp(dates, *ends)
     (times_ct, *exact), ys = _stepping_oracle()(times, y0, args)
     assert solution.stats.attempts == 24

@@ -1,5 +1,7 @@
 """What `solve` and `solve_ensemble` accept and refuse: bad input has an error that says what is wrong, odd input works."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import functools
@@ -52,10 +54,18 @@ BAD_CALLS = {
         TypeError,
         "returned complex128 for a state of float64",
     ),
-    "integer_state": (lambda: pk.solve(decay, np.array([1, 2]), 0.0, 1.0), TypeError, "y0 must be float.*not int64"),
+    "integer_state": (
+        lambda: pk.solve(decay, np.array([1, 2]), 0.0, 1.0),
+        TypeError,
+        "y0 must be float.*not int64",
+    ),
     "python_integer_state": (lambda: pk.solve(decay, 1, 0.0, 1.0), TypeError, "write 1.0, not 1"),
     "boolean_state": (lambda: pk.solve(decay, True, 0.0, 1.0), TypeError, "y0 must be float.*not bool"),
-    "complex_state": (lambda: pk.solve(decay, Y0 + 1j, 0.0, 1.0), TypeError, "y0 must be float.*not complex128"),
+    "complex_state": (
+        lambda: pk.solve(decay, Y0 + 1j, 0.0, 1.0),
+        TypeError,
+        "y0 must be float.*not complex128",
+    ),
     "half_state": (lambda: pk.solve(decay, Y0.astype(np.float16), 0.0, 1.0), TypeError, "not float16"),
     "mixed_dtypes": (
         lambda: pk.solve(decay, (Y0, Y0.astype(np.float32)), 0.0, 1.0),
@@ -66,26 +76,50 @@ BAD_CALLS = {
     "empty_state": (lambda: pk.solve(decay, np.zeros((0, 3)), 0.0, 1.0), ValueError, "y0 has no elements"),
     "empty_states": (lambda: heuns(decay, np.zeros((4, 0)), 0.0, 1.0), ValueError, "y0 has no elements"),
     "text_state": (lambda: pk.solve(decay, "y", 0.0, 1.0), TypeError, "pytree of arrays.*'y'"),
-    "text_args": (lambda: solve({"a": "fast"}), TypeError, "args must be a pytree of arrays.*'fast'.*close the field"),
+    "text_args": (
+        lambda: solve({"a": "fast"}),
+        TypeError,
+        "args must be a pytree of arrays.*'fast'.*close the field",
+    ),
     "object_args": (lambda: solve(object()), TypeError, "args must be a pytree of arrays"),
     "method": (lambda: solve(method="tsit5"), TypeError, "method must be a ButcherTableau.*'tsit5'"),
     "step": (lambda: solve(step=0.1), TypeError, "step must be Fixed.*Adaptive.*0.1"),
     "step_class": (lambda: solve(step=pk.Adaptive), TypeError, "step must be Fixed"),
     "adjoint": (lambda: solve(adjoint="reverse"), TypeError, "adjoint must be Milestones"),
     "adjoint_class": (lambda: solve(adjoint=pk.Milestones), TypeError, "adjoint must be Milestones"),
-    "negative_rtol": (lambda: pk.Adaptive(rtol=-1e-3), ValueError, "tolerances must be non-negative.*rtol=-0.001"),
+    "negative_rtol": (
+        lambda: pk.Adaptive(rtol=-1e-3),
+        ValueError,
+        "tolerances must be non-negative.*rtol=-0.001",
+    ),
     "negative_atol": (lambda: pk.Adaptive(atol=-1e-3), ValueError, "tolerances must be non-negative"),
     "zero_tolerances": (lambda: pk.Adaptive(rtol=0.0, atol=0.0), ValueError, "not both zero"),
-    "nan_tolerance": (lambda: pk.Adaptive(rtol=float("nan")), ValueError, r"Adaptive\(rtol=\) must be finite"),
-    "text_tolerance": (lambda: pk.Adaptive(rtol="small"), TypeError, r"Adaptive\(rtol=\) must be a Python number"),
-    "boolean_tolerance": (lambda: pk.Adaptive(rtol=True), TypeError, r"Adaptive\(rtol=\) must be a Python number"),
+    "nan_tolerance": (
+        lambda: pk.Adaptive(rtol=float("nan")),
+        ValueError,
+        r"Adaptive\(rtol=\) must be finite",
+    ),
+    "text_tolerance": (
+        lambda: pk.Adaptive(rtol="small"),
+        TypeError,
+        r"Adaptive\(rtol=\) must be a Python number",
+    ),
+    "boolean_tolerance": (
+        lambda: pk.Adaptive(rtol=True),
+        TypeError,
+        r"Adaptive\(rtol=\) must be a Python number",
+    ),
     "traced_tolerance": (
         lambda: jax.jit(lambda rtol: solve(step=pk.Adaptive(rtol=rtol)).ys)(1e-3),
         TypeError,
         r"Adaptive\(rtol=\) must be a Python number",
     ),
     "dtmin": (lambda: pk.Adaptive(dtmin=0.0), ValueError, "dtmin must be positive"),
-    "dtmax": (lambda: pk.Adaptive(dtmin=0.1, dtmax=0.01), ValueError, "dtmax must be positive and above dtmin"),
+    "dtmax": (
+        lambda: pk.Adaptive(dtmin=0.1, dtmax=0.01),
+        ValueError,
+        "dtmax must be positive and above dtmin",
+    ),
     "factormin": (lambda: pk.Adaptive(factormin=2.0), ValueError, "factormin"),
     "safety": (lambda: pk.Adaptive(safety=0.0), ValueError, "safety"),
     "no_fixed_steps": (lambda: pk.Fixed(0), ValueError, "positive finite"),
@@ -94,7 +128,11 @@ BAD_CALLS = {
     "text_fixed_step": (lambda: pk.Fixed("0.1"), TypeError, "Fixed takes a number of steps"),
     "adaptive_euler": (lambda: solve(method=pk.euler), ValueError, "euler has no embedded error"),
     "adaptive_rk4": (lambda: solve(method=pk.rk4), ValueError, "rk4 has no embedded error"),
-    "dt0_with_fixed": (lambda: solve(step=pk.Fixed(4), dt0=0.1), ValueError, "dt0 is the first step of Adaptive"),
+    "dt0_with_fixed": (
+        lambda: solve(step=pk.Fixed(4), dt0=0.1),
+        ValueError,
+        "dt0 is the first step of Adaptive",
+    ),
     "dt0_direction": (lambda: solve(dt0=-0.1), ValueError, "dt0 must be finite, not zero, and have the sign"),
     "dt0_direction_backward": (lambda: pk.solve(decay, Y0, 1.0, 0.0, dt0=0.1), ValueError, "sign of t1 - t0"),
     "dt0_zero": (lambda: solve(dt0=0.0), ValueError, "not zero"),
@@ -115,9 +153,17 @@ BAD_CALLS = {
     "save_scalar": (lambda: solve(save_at=0.5), ValueError, r"save_at must have shape \(n,\), not \(\)"),
     "save_matrix": (lambda: solve(save_at=np.zeros((2, 2))), ValueError, r"save_at must have shape \(n,\)"),
     "save_complex": (lambda: solve(save_at=np.array([0.5j])), TypeError, "save_at must be real"),
-    "save_lanes": (lambda: ensemble(save_at=np.zeros((2, 1))), ValueError, r"\(n,\) or \(3, n\), not \(2, 1\)"),
+    "save_lanes": (
+        lambda: ensemble(save_at=np.zeros((2, 1))),
+        ValueError,
+        r"\(n,\) or \(3, n\), not \(2, 1\)",
+    ),
     "complex_time": (lambda: pk.solve(decay, Y0, 0.0, 1j), TypeError, "t1 must be a real number"),
-    "vector_time": (lambda: pk.solve(decay, Y0, np.zeros(1), 1.0), ValueError, r"t0 must be a scalar.*\(1,\)"),
+    "vector_time": (
+        lambda: pk.solve(decay, Y0, np.zeros(1), 1.0),
+        ValueError,
+        r"t0 must be a scalar.*\(1,\)",
+    ),
     "time_lanes": (
         lambda: pk.solve_ensemble(decay, np.ones((3, 2)), 0.0, np.ones(2)),
         ValueError,
@@ -129,7 +175,11 @@ BAD_CALLS = {
         r"disagree about the number of trajectories: \[3, 4\]",
     ),
     "no_lanes": (lambda: ensemble(in_axes=(None, None)), ValueError, "at least one leaf"),
-    "axis_out_of_range": (lambda: ensemble(in_axes=(2, None)), ValueError, r"axis 2 of an array of shape \(3, 2\)"),
+    "axis_out_of_range": (
+        lambda: ensemble(in_axes=(2, None)),
+        ValueError,
+        r"axis 2 of an array of shape \(3, 2\)",
+    ),
     "axis_of_a_scalar": (lambda: ensemble(1.0, in_axes=(0, 0)), ValueError, "axis 0 of an array of shape"),
     "axes_no_prefix": (
         lambda: ensemble({"a": np.ones(3)}, in_axes=(0, {"b": 0})),
@@ -142,7 +192,11 @@ BAD_CALLS = {
     "plan": (lambda: pk.Config(plan="gpu"), ValueError, r"Config\(plan=\)"),
     "lift": (lambda: pk.Config(lift="scalars"), ValueError, r"Config\(lift=\)"),
     "block": (lambda: pk.Config(block=0), ValueError, r"Config\(block=\)"),
-    "milestones": (lambda: pk.Milestones(count=0), ValueError, r"Milestones\(count=\) must be a positive int"),
+    "milestones": (
+        lambda: pk.Milestones(count=0),
+        ValueError,
+        r"Milestones\(count=\) must be a positive int",
+    ),
     "branching": (lambda: pk.BoundedTree(branching=1), ValueError, "branching"),
 }
 
@@ -162,7 +216,9 @@ def test_mistakes_in_the_field_keep_their_own_error() -> None:
 
 
 def test_forward_only_refuses_reverse_mode() -> None:
-    run = functools.partial(pk.solve, scaled, Y0, 0.0, 1.0, step=pk.Fixed(3), method=pk.heun, adjoint=pk.ForwardOnly())
+    run = functools.partial(
+        pk.solve, scaled, Y0, 0.0, 1.0, step=pk.Fixed(3), method=pk.heun, adjoint=pk.ForwardOnly()
+    )
 
     def total(rate: Any) -> jax.Array:
         return jnp.sum(run(rate).ys)
@@ -172,7 +228,9 @@ def test_forward_only_refuses_reverse_mode() -> None:
             reverse(0.5)
     with pytest.raises(TypeError, match=r"Milestones\(\)"):
         jax.vmap(jax.grad(total))(np.array([0.5]))
-    np.testing.assert_allclose(jax.jacfwd(total)(0.5), 3 * (1 + 1 / 6 + 1 / 72) ** 2 * (1 + 1 / 6), rtol=1e-14)
+    np.testing.assert_allclose(
+        jax.jacfwd(total)(0.5), 3 * (1 + 1 / 6 + 1 / 72) ** 2 * (1 + 1 / 6), rtol=1e-14
+    )
 
 
 STEPS = pytest.mark.parametrize("step", [pk.Adaptive(rtol=1e-3), pk.Fixed(5), pk.Fixed(0.3)], ids=str)
@@ -220,7 +278,9 @@ def test_empty_ensemble(step: Any) -> None:
     assert heuns(scaled, np.zeros((0, 2)), 0.0, 1.0, rate, step=step, save_at=[0.5]).ys.shape == (0, 1, 2)
     y0s_ct, rate_ct = pull(ys)
     assert y0s_ct.shape == (0, 2) and rate_ct == 0.0
-    assert heuns(scaled, np.zeros((0, 2)), 0.0, 1.0, np.zeros((0, 2)), in_axes=(0, 0), step=step).ys.shape == (0, 2)
+    assert heuns(
+        scaled, np.zeros((0, 2)), 0.0, 1.0, np.zeros((0, 2)), in_axes=(0, 0), step=step
+    ).ys.shape == (0, 2)
 
 
 def logistic(t, y, rate):
@@ -282,8 +342,18 @@ def test_float32_stays_float32(step: Any, adjoint: Any) -> None:
 
 def test_pytrees() -> None:
     """Scalars, matrices and empty leaves, in dictionaries and tuples; args of every kind."""
-    y0 = {"scalar": np.array(1.0), "matrix": np.arange(6.0).reshape(2, 3), "pair": (np.ones(3), np.zeros((0, 2)))}
-    args = {"rate": 0.5, "count": 2, "mask": np.array([True, False, True]), "nothing": None, "index": np.array([2, 0, 1])}
+    y0 = {
+        "scalar": np.array(1.0),
+        "matrix": np.arange(6.0).reshape(2, 3),
+        "pair": (np.ones(3), np.zeros((0, 2))),
+    }
+    args = {
+        "rate": 0.5,
+        "count": 2,
+        "mask": np.array([True, False, True]),
+        "nothing": None,
+        "index": np.array([2, 0, 1]),
+    }
 
     def field(t, y, args):
         first, empty = y["pair"]
@@ -294,7 +364,15 @@ def test_pytrees() -> None:
         }
 
     def total(y0: Any, rate: Any) -> Any:
-        solution = pk.solve(field, y0, 0.0, 1.0, {**args, "rate": rate}, save_at=[0.5, 1.0], step=pk.Adaptive(rtol=1e-8, atol=1e-9))
+        solution = pk.solve(
+            field,
+            y0,
+            0.0,
+            1.0,
+            {**args, "rate": rate},
+            save_at=[0.5, 1.0],
+            step=pk.Adaptive(rtol=1e-8, atol=1e-9),
+        )
         return solution.ys["scalar"][-1] + jnp.sum(solution.ys["matrix"][-1]), solution.ys
 
     (y0_ct, rate_ct), ys = jax.grad(total, argnums=(0, 1), has_aux=True)(y0, 0.5)
@@ -317,11 +395,15 @@ def test_gradients_pass_integers_and_masks_by(config: Any) -> None:
 
     def total(rate: Any) -> jax.Array:
         axes = (0, {"rate": 0, "on": 0, "power": None})
-        ys = pk.solve_ensemble(field, np.ones(3), 0.0, 1.0, {**args, "rate": rate}, in_axes=axes, config=config).ys
+        ys = pk.solve_ensemble(
+            field, np.ones(3), 0.0, 1.0, {**args, "rate": rate}, in_axes=axes, config=config
+        ).ys
         return jnp.sum(ys)
 
     rate = args["rate"]
-    np.testing.assert_allclose(jax.grad(total)(rate), np.where(args["on"], -2 * np.exp(-2 * rate), 0.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(total)(rate), np.where(args["on"], -2 * np.exp(-2 * rate), 0.0), rtol=1e-5
+    )
 
 
 def test_lists_and_scalars_as_python_numbers() -> None:
@@ -412,6 +494,8 @@ def test_shapes_of_a_solution() -> None:
     saved = heuns(decay, y0s, 0.0, 1.0, step=pk.Fixed(3), save_at=[0.1, 0.2, 0.3])
     assert jax.tree.map(np.shape, saved.ys) == {"a": (4, 3, 2), "b": (4, 3)} and saved.ts.shape == (4, 3)
     assert saved.status.shape == saved.stats.field_evaluations.shape == (4,)
-    single = heun(decay, {"a": np.ones(2), "b": np.array(1.0)}, 0.0, 1.0, step=pk.Fixed(3), save_at=[0.1, 0.2, 0.3])
+    single = heun(
+        decay, {"a": np.ones(2), "b": np.array(1.0)}, 0.0, 1.0, step=pk.Fixed(3), save_at=[0.1, 0.2, 0.3]
+    )
     assert jax.tree.map(np.shape, single.ys) == {"a": (3, 2), "b": (3,)} and single.ts.shape == (3,)
     assert single.status.shape == ()

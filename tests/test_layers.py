@@ -83,7 +83,11 @@ def imported(source: str, module: str, *, is_package: bool) -> set[str]:
 
 def attributes(source: str) -> set[str]:
     """Dotted names used in a module's source, e.g. `jax.interpreters.mlir`."""
-    return {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Attribute, ast.Name))}
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Attribute, ast.Name))
+    }
 
 
 def own(name: str) -> str | None:
@@ -151,7 +155,13 @@ def test_the_walk_sees_what_it_looks_for():
         "def f():\n    import jax.interpreters.mlir\n    return jax.default_backend()\n"
     )
     names = imported(source, "kernels.body", is_package=False)
-    assert names == {"jax", "jax._src.core", "pykernels.kernels.solve", "pykernels.x", "jax.interpreters.mlir"}
+    assert names == {
+        "jax",
+        "jax._src.core",
+        "pykernels.kernels.solve",
+        "pykernels.x",
+        "jax.interpreters.mlir",
+    }
     assert "jax.default_backend" in attributes(source)
     assert own("pykernels.kernels.body.Solve") == "kernels.body" and own("jax.numpy") is None
     assert dependencies("interpolation") == {"tableau"} and "kernels.body" in dependencies("adjoint")
@@ -192,7 +202,12 @@ def test_the_import_has_no_side_effects():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     environment |= {"JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", IMPORT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imported\n" and done.stderr == ""

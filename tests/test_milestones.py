@@ -64,8 +64,8 @@ def test_the_problem_exercises_the_milestones():
 
 # (count, scratch, with save times): every size of either kind, from one level of replay to seven. Compiling is what costs.
 STORAGE = (
-    (2, 2, False), (2, 7, True), (2, 64, False), (3, 3, False), (3, 64, True), (7, 2, True), (7, 7, False), (64, 3, False),
-    (64, 64, True),
+    (2, 2, False), (2, 7, False), (2, 64, False), (3, 3, False), (3, 64, True), (7, 2, False), (7, 7, True), (64, 3, False),
+    (64, 64, False),
 )  # fmt: skip
 
 
@@ -91,7 +91,9 @@ def test_the_full_storage_gradient_is_that_of_the_bounded_tree(saved):
         np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.xfail(strict=True, reason="no milestone is stored, so the backward pass takes the initial state to be zero")
+@pytest.mark.xfail(
+    strict=True, reason="no milestone is stored, so the backward pass takes the initial state to be zero"
+)
 def test_nothing_to_replay():
     """No attempt at all: t1 = t0. The rows at t0 move with the field when their time moves."""
 
@@ -119,12 +121,18 @@ STATE = jnp.asarray([1.0, 0.0, 0.5])
 
 
 def damped_loss(y0, p, step, adjoint, max_steps=4096):
-    return jnp.sum(pk.solve(damped, y0, 0.0, 20.0, p, method=pk.bosh3, step=step, adjoint=adjoint, max_steps=max_steps).ys)
+    return jnp.sum(
+        pk.solve(
+            damped, y0, 0.0, 20.0, p, method=pk.bosh3, step=step, adjoint=adjoint, max_steps=max_steps
+        ).ys
+    )
 
 
 @functools.cache
 def compiled(steps: int) -> Any:
-    gradient = jax.jit(jax.grad(functools.partial(damped_loss, step=pk.Fixed(steps), adjoint=pk.Milestones()), (0, 1)))
+    gradient = jax.jit(
+        jax.grad(functools.partial(damped_loss, step=pk.Fixed(steps), adjoint=pk.Milestones()), (0, 1))
+    )
     return gradient.lower(STATE, PARAMETERS).compile()
 
 
@@ -202,7 +210,9 @@ class Recorded(NamedTuple):
 def spec_of(field: Any, kind: str, step: pk.Adaptive, max_steps: int, dtype: Any, block: int) -> kernel.Solve:
     traced, consts = trace_field(field, jax.ShapeDtypeStruct((2,), dtype), jax.ShapeDtypeStruct((3,), dtype))
     assert not consts
-    return kernel.Solve(traced, pk.tsit5, step, max_steps, False, None, kind, (False, False, True, False), block)
+    return kernel.Solve(
+        traced, pk.tsit5, step, max_steps, False, None, kind, (False, False, True, False), block
+    )
 
 
 def record_pendula(lanes: int, t1: float, step: pk.Adaptive, max_steps: int, scratch: int) -> Recorded:
@@ -245,7 +255,10 @@ def replay_program(recorded: Recorded) -> Any:
 
         def attempt(state: Any, i: jax.Array) -> Any:
             live = i < attempts
-            bit = lax.shift_right_logical(decisions[1 + i // record.burst], jnp.full(lanes, i % record.burst)) & 1
+            bit = (
+                lax.shift_right_logical(decisions[1 + i // record.burst], jnp.full(lanes, i % record.burst))
+                & 1
+            )
             accepted = live & (bit == 1)
             new, taken = stepper.attempt(state, i, (live, accepted))
             # What the controller would have decided here.
@@ -331,7 +344,9 @@ def test_the_backward_pass_takes_the_recorded_decisions(tight):
 # Single precision, where the step sizes' noise is not small.
 
 
-def pendula_gradients(dtype: Any, tolerances: tuple[float, float], adjoint: Any, lift: str) -> tuple[np.ndarray, np.ndarray]:
+def pendula_gradients(
+    dtype: Any, tolerances: tuple[float, float], adjoint: Any, lift: str
+) -> tuple[np.ndarray, np.ndarray]:
     lanes = 512
     y0 = jnp.stack([jnp.linspace(0.5, 2.0, lanes), jnp.zeros(lanes)], axis=1).astype(dtype)
     p = jnp.asarray([2.0, 0.1, 0.5], dtype)
@@ -353,7 +368,8 @@ def accurate_gradients() -> tuple[np.ndarray, np.ndarray]:
 
 
 DRIFT = pytest.mark.xfail(
-    strict=True, reason="replayed step sizes drift in float32; the last step of a segment is stretched by many step sizes"
+    strict=True,
+    reason="replayed step sizes drift in float32; the last step of a segment is stretched by many step sizes",
 )
 
 

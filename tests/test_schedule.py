@@ -100,7 +100,9 @@ def test_sizes_are_those_asked_for(count, scratch):
     assert replay_strides(few, small) == ()
 
 
-@pytest.mark.parametrize("max_steps", [*range(1, 70), 100, 999, 1000, 1024, 1025, 4096, 4999, 5000, 10**5, 10**6])
+@pytest.mark.parametrize(
+    "max_steps", [*range(1, 70), 100, 999, 1000, 1024, 1025, 4096, 4999, 5000, 10**5, 10**6]
+)
 def test_default_sizes_never_thin(max_steps):
     record = record_for(max_steps)
     pieces = forward(max_steps, record)

@@ -22,7 +22,7 @@ from jax import lax
 
 import pykernels as pk
 
-STEP = pk.Adaptive(rtol=1e-4, atol=1e-5)
+STEP = pk.Adaptive(rtol=1e-2, atol=1e-2)
 Y0 = jnp.asarray([1.0, 0.2])
 ARGS = {"k": jnp.asarray(2.0), "p": jnp.asarray([0.1, 0.5])}
 Y0S = jnp.stack([jnp.linspace(0.3, 2.0, 6), jnp.linspace(-1.0, 1.0, 6)], axis=1)
@@ -35,13 +35,24 @@ def field(t, y, args):
 
 
 def final(y0, args, t0=0.0, t1=2.0, *, adjoint=pk.Milestones(), step=STEP, max_steps=64, save_at=None):  # noqa: B008
-    sol = pk.solve(field, y0, t0, t1, args, method=pk.bosh3, step=step, adjoint=adjoint, max_steps=max_steps, save_at=save_at)
+    sol = pk.solve(
+        field,
+        y0,
+        t0,
+        t1,
+        args,
+        method=pk.heun,
+        step=step,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        save_at=save_at,
+    )
     return sol.ys
 
 
 def ensemble(y0s, args, in_axes=(0, None), **settings):
     return pk.solve_ensemble(
-        field, y0s, 0.0, 2.0, args, in_axes=in_axes, method=pk.bosh3, step=STEP, max_steps=64, **settings
+        field, y0s, 0.0, 2.0, args, in_axes=in_axes, method=pk.heun, step=STEP, max_steps=64, **settings
     ).ys
 
 
@@ -99,13 +110,19 @@ def test_vmap_over_args_times_and_save_times():
     )
     dates = jnp.stack([jnp.linspace(0.0, t, 4) for t in times])
     close(
-        jax.vmap(lambda d: final(Y0, ARGS, save_at=d))(dates), jnp.stack([final(Y0, ARGS, save_at=d) for d in dates])
+        jax.vmap(lambda d: final(Y0, ARGS, save_at=d))(dates),
+        jnp.stack([final(Y0, ARGS, save_at=d) for d in dates]),
     )
 
 
 def test_nested_vmap():
     args = spread(3)
-    want = jnp.stack([jnp.stack([final(y, jax.tree.map(lambda leaf, i=i: leaf[i], args)) for i in range(3)]) for y in Y0S[:2]])
+    want = jnp.stack(
+        [
+            jnp.stack([final(y, jax.tree.map(lambda leaf, i=i: leaf[i], args)) for i in range(3)])
+            for y in Y0S[:2]
+        ]
+    )
     close(jax.vmap(jax.vmap(final, (None, 0)), (0, None))(Y0S[:2], args), want)
     close(jax.vmap(jax.vmap(final, (0, None)), (None, 0), out_axes=1)(Y0S[:2], args), want)
 
@@ -123,7 +140,9 @@ def test_gradients_of_ensembles():
     pairs = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), ARGS)
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]).sum(1), by_args)
     close(jax.jit(jax.vmap(whole))(Y0S.reshape(2, 3, 2), pairs), (by_state.reshape(2, 3, 2), halves))
-    close(jax.jit(jax.vmap(whole, (0, None)))(Y0S.reshape(2, 3, 2), ARGS), (by_state.reshape(2, 3, 2), halves))
+    close(
+        jax.jit(jax.vmap(whole, (0, None)))(Y0S.reshape(2, 3, 2), ARGS), (by_state.reshape(2, 3, 2), halves)
+    )
 
 
 def test_shared_state_of_an_ensemble():
@@ -137,7 +156,9 @@ def test_shared_state_of_an_ensemble():
 def test_jacobians_forward_and_reverse():
     dates = jnp.asarray([0.5, 2.0])
     reverse = jax.jit(jax.jacrev(functools.partial(final, save_at=dates), (0, 1)))(Y0, ARGS)
-    forward = jax.jit(jax.jacfwd(functools.partial(final, save_at=dates, adjoint=pk.ForwardOnly()), (0, 1)))(Y0, ARGS)
+    forward = jax.jit(jax.jacfwd(functools.partial(final, save_at=dates, adjoint=pk.ForwardOnly()), (0, 1)))(
+        Y0, ARGS
+    )
     assert reverse[0].shape == (2, 2, 2)
     close(reverse, forward, rtol=1e-9, atol=1e-11)
     _, by_state, _ = looped()
@@ -153,6 +174,12 @@ def test_reverse_mode_of_forward_only_is_refused():
 def test_scan_over_solves():
     """Consecutive intervals in a scan, and the gradient back through all of them."""
     starts = jnp.asarray([0.0, 0.5, 1.0, 1.5])
+
+    def own(t, y, args):  # no other test has used this field
+        return field(t, y, args)
+
+    def final(y0, args, t0, t1):
+        return pk.solve(own, y0, t0, t1, args, method=pk.heun, step=STEP, max_steps=64).ys
 
     def scanned(y0, args):
         def interval(y, start):
@@ -179,12 +206,39 @@ def test_scan_over_solves():
     close(checkpointed, got)
 
 
+@pytest.mark.xfail(
+    jax.__version_info__ < (0, 11),
+    strict=True,
+    reason="JAX 0.10 keeps the residuals' structure, here with the wanted inputs, of the forward rule's last trace only",
+)
+def test_gradients_do_not_depend_on_what_was_differentiated_before():
+    """By both, by the state alone, and then by both in a scan: three different sets of wanted cotangents."""
+
+    def decay(t, y, p):
+        return -p * y
+
+    def one(y, p, t=0.0):
+        return pk.solve(decay, y, t, t + 1.0, p, method=pk.bosh3, step=pk.Fixed(8)).ys
+
+    def scanned(y, p):
+        return lax.scan(lambda y, t: (one(y, p, t), None), y, jnp.arange(3.0))[0]
+
+    y, p = jnp.asarray(1.0), jnp.asarray(2.0)
+    # One step multiplies y by the method's stability function at -p/8, a cubic.
+    factor, slope = jax.value_and_grad(lambda p: (1 - p / 8 + (p / 8) ** 2 / 2 - (p / 8) ** 3 / 6) ** 8)(p)
+    close(jax.grad(one, (0, 1))(y, p), (factor, slope))
+    close(jax.grad(one, 0)(y, p), factor)
+    close(jax.jit(jax.grad(scanned, (0, 1)))(y, p), (factor**3, 3 * factor**2 * slope))
+
+
 def test_closures_over_traced_values():
     """A field may close over values being differentiated or batched: the gradient is that of passing them as arguments."""
     _, by_state, by_args = looped()
 
     def closed(y0, args):
-        sol = pk.solve(lambda t, y, _: field(t, y, args), y0, 0.0, 2.0, method=pk.bosh3, step=STEP, max_steps=64)
+        sol = pk.solve(
+            lambda t, y, _: field(t, y, args), y0, 0.0, 2.0, method=pk.heun, step=STEP, max_steps=64
+        )
         return jnp.sum(sol.ys * jnp.asarray([1.0, -2.0]))
 
     close(jax.grad(closed, (0, 1))(Y0S[0], ARGS), (by_state[0], jax.tree.map(lambda leaf: leaf[0], by_args)))
@@ -193,7 +247,9 @@ def test_closures_over_traced_values():
     close(got, jax.jit(jax.vmap(jax.grad(loss, 1), (None, 0)))(Y0, args))
 
     def closed_ensemble(args):
-        sol = pk.solve_ensemble(lambda t, y, _: field(t, y, args), Y0S, 0.0, 2.0, method=pk.bosh3, step=STEP, max_steps=64)
+        sol = pk.solve_ensemble(
+            lambda t, y, _: field(t, y, args), Y0S, 0.0, 2.0, method=pk.heun, step=STEP, max_steps=64
+        )
         return jnp.sum(sol.ys * jnp.asarray([1.0, -2.0]))
 
     close(jax.grad(closed_ensemble)(ARGS), jax.tree.map(lambda leaf: leaf.sum(0), by_args))
@@ -227,7 +283,9 @@ def primitives_in(jaxpr: Any) -> Counter[str]:
     counts: Counter[str] = Counter()
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         counts[eqn.primitive.name] += 1
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             if hasattr(getattr(value, "jaxpr", value), "eqns"):
                 counts += primitives_in(value)
     return counts
@@ -239,7 +297,9 @@ def ours(counts: Counter[str]) -> dict[str, int]:
 
 def test_a_solve_is_one_primitive_and_its_gradient_two():
     assert ours(primitives_in(jax.make_jaxpr(final)(Y0, ARGS))) == {"pykernels_solve": 1}
-    assert ours(primitives_in(jax.make_jaxpr(jax.jit(jax.vmap(final, (0, None))))(Y0S, ARGS))) == {"pykernels_solve": 1}
+    assert ours(primitives_in(jax.make_jaxpr(jax.jit(jax.vmap(final, (0, None))))(Y0S, ARGS))) == {
+        "pykernels_solve": 1
+    }
     pair = {"pykernels_solve": 1, "pykernels_pull_back": 1}
     assert ours(primitives_in(jax.make_jaxpr(jax.grad(loss, (0, 1)))(Y0, ARGS))) == pair
     both = jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None))
@@ -307,7 +367,9 @@ def test_threads():
             return -rate * scale * y + jnp.sin(t)
 
         def value(y, scale):
-            return pk.solve(decay, y, 0.0, 1.0, scale, method=pk.bosh3, step=pk.Adaptive(1e-3, 1e-3), max_steps=32).ys
+            return pk.solve(
+                decay, y, 0.0, 1.0, scale, method=pk.bosh3, step=pk.Adaptive(1e-3, 1e-3), max_steps=32
+            ).ys
 
         y = jnp.asarray(1.5)
         rows = [jax.value_and_grad(value, (0, 1))(y, jnp.asarray(s)) for s in (0.5, 1.0, 2.0)]
@@ -318,7 +380,7 @@ def test_threads():
     def run(rate: float) -> None:
         try:
             results[rate] = work(rate)
-        except BaseException as error:  # noqa: BLE001  (shown in the main thread)
+        except BaseException as error:
             results[rate] = error
 
     threads = [threading.Thread(target=run, args=(rate,)) for rate in (1.0, 3.0)]
@@ -390,7 +452,12 @@ def test_shard_map_over_two_devices():
         "PYTHONPATH": str(Path(pk.__file__).parent.parent),
     }
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "sharded\n"

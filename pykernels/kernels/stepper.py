@@ -37,7 +37,8 @@ class Solve:
     """Everything static about a whole solve; hashable, the parameter of the solve primitives.
 
     `lane[i]` tells whether input i has a lane axis. Inputs, in order: t0, t1, dt0 if `has_dt0`, the save times if `saves`,
-    the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`), `block` the
+    the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`) or "small": components or
+    arrays as the runner chooses. `block` the
     wanted number of lanes per block.
     """
 
@@ -63,7 +64,7 @@ class Solve:
     def carries_stage(self) -> bool:
         """Whether an FSAL method's last stage is carried to the next attempt. Not for small fields (components): XLA:CPU
         computes a whole attempt again for every value its loop carries, which costs more than the stage saves."""
-        return self.method.fsal and self.kind != "components"
+        return self.method.fsal and self.kind not in ("components", "small")
 
     @property
     def adaptive(self) -> bool:

@@ -5,22 +5,45 @@ It runs wherever XLA does, is what other platforms fall back on, and the oracle 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pykernels.field import Field
 from pykernels.kernels.body import Buffer
+from pykernels.kernels.stepper import Solve
 
-# Bytes of one lane vector. XLA:CPU compiles a loop to one function without dispatch per operation while its state is
-# small; twice this size leaves that regime (two to five times slower), half of it shows the loops' own overhead.
+# Measured with `bench/lifts.py`. XLA:CPU compiles a loop to one function without dispatch per operation while its state is
+# small. Single components want to stay there: lane vectors of twice this many bytes leave that regime (two to five times
+# slower), half as many show the loops' own overhead. Whole arrays want to be well beyond it, where matrix products are no
+# longer naive loops: three times faster for 24 dense states.
 VECTOR_BYTES = 512
+STATE_BYTES = 48 * 1024
+MOST_LANES = 1024
+# Fewer lanes than this and components cost more than arrays, except backwards.
+FEW_LANES = 16
 
 
-def default_block(dtype: np.dtype) -> int:
-    """Wanted lanes per block for states of a dtype."""
-    return VECTOR_BYTES // dtype.itemsize
+def default_block(field: Field, lift: str) -> int:
+    """Wanted lanes per block."""
+    size = field.dtype.itemsize
+    if lift in ("components", "small"):
+        return VECTOR_BYTES // size
+    return min(max(STATE_BYTES // (max(field.elements, 1) * size), VECTOR_BYTES // size), MOST_LANES)
+
+
+def resolve(solve: Solve, lanes: int, *, differentiated: bool) -> Solve:
+    """Settle the lift of a small field, which is this runner's to choose.
+
+    Backwards, components are always faster. Forward, XLA computes an attempt again for every component, which only pays when
+    there are lanes to fill the vectors.
+    """
+    if solve.kind != "small":
+        return solve
+    kind = "components" if differentiated or lanes >= FEW_LANES else "arrays"
+    return dataclasses.replace(solve, kind=kind)
 
 
 def block_size(lanes: int, block: int) -> int:
