@@ -19,6 +19,7 @@ import pykernels as pk
 
 LANES = 3
 DT0 = 0.01
+MAX_STEPS = 256
 _SOLVERS = {
     "bosh3": diffrax.Bosh3,
     "tsit5": diffrax.Tsit5,
@@ -99,8 +100,21 @@ def diffrax_solve(
 ) -> Any:  # fmt: skip
     saveat = diffrax.SaveAt(t1=True) if save_at is None else diffrax.SaveAt(ts=save_at)
     term, solver = diffrax.ODETerm(problem.field), _SOLVERS[method.name]()
+    # A checkpoint per step: where diffrax recomputes steps, its rounding differs between the passes, and with it the step
+    # sizes (by eps / tol), so that its gradient is good to some 1e-9 only.
+    adjoint = diffrax.RecursiveCheckpointAdjoint(checkpoints=MAX_STEPS)
     solution = diffrax.diffeqsolve(
-        term, solver, t0, t1, dt0, y0, args, saveat=saveat, stepsize_controller=controller, max_steps=512
+        term,
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        args,
+        saveat=saveat,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=MAX_STEPS,
     )
     return jax.tree.map(lambda y: y[0], solution.ys) if save_at is None else solution.ys, solution.stats
 
@@ -120,7 +134,7 @@ def test_gradients_and_steps_are_those_of_diffrax(case: Case) -> None:
     def ours(y0s: Any, args: Any) -> Any:
         solution = pk.solve_ensemble(
             problem.field, y0s, problem.t0, problem.t1, args, in_axes=(0, None if case.shared else 0),
-            method=case.method, step=case.step, dt0=DT0, save_at=save_at, max_steps=512,
+            method=case.method, step=case.step, dt0=DT0, save_at=save_at, max_steps=MAX_STEPS,
         )  # fmt: skip
         return lane_losses(solution.ys), solution
 
@@ -162,7 +176,7 @@ def test_the_cases_cover_rejections_and_every_kind_of_argument() -> None:
         case.problem.name: int(
             pk.solve(
                 case.problem.field, case.problem.y0(), case.problem.t0, case.problem.t1, case.problem.args(),
-                method=case.method, step=case.step, dt0=DT0, max_steps=512,
+                method=case.method, step=case.step, dt0=DT0, max_steps=MAX_STEPS,
             ).stats.rejected
         )
         for case in CASES
@@ -206,7 +220,7 @@ def test_gradients_by_all_times_saved_at_both_ends() -> None:
 
     def ours(times: Any, y0: Any) -> Any:
         return loss(
-            pk.solve(problem.field, y0, args=args, method=method, step=step, max_steps=512, **times).ys
+            pk.solve(problem.field, y0, args=args, method=method, step=step, max_steps=MAX_STEPS, **times).ys
         )
 
     mine, mine_y = jax.jit(jax.grad(ours, argnums=(0, 1)))(times, y0)
@@ -227,7 +241,7 @@ def test_gradients_by_times_of_each_trajectory() -> None:
 
     def ours(times: Any, y0s: Any) -> Any:
         ys = pk.solve_ensemble(
-            problem.field, y0s, args=args, method=method, step=step, max_steps=512, **times
+            problem.field, y0s, args=args, method=method, step=step, max_steps=MAX_STEPS, **times
         ).ys
         return lane_losses(ys)
 

@@ -146,7 +146,7 @@ def test_private_and_extension_api(module):
     # Platforms are chosen in lowering rules.
     assert not any(name.rpartition(".")[2] in ("default_backend", "get_backend") for name in used)
     # Settings belong to the user.
-    assert not any(name.endswith("config.update") or name.endswith("logging.basicConfig") for name in used)
+    assert not any(name.endswith(("config.update", "logging.basicConfig")) for name in used)
 
 
 def test_the_walk_sees_what_it_looks_for():

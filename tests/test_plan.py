@@ -87,12 +87,12 @@ def draws(*shape: int) -> jax.Array:
 
 
 class Case(NamedTuple):
-    """A field, shared arguments and the starts of an ensemble; the lift it gets by itself."""
+    """A field, shared arguments and the starts of an ensemble; its lift, None where either may be the faster."""
 
     field: Callable[..., Any]
     y0s: Any
     args: Any
-    lift: str
+    lift: str | None
 
 
 LAYERS = [(0.3 * draws(16, 2), draws(16)), (0.3 * draws(16, 16), draws(16)), (0.3 * draws(2, 16), draws(2))]
@@ -103,17 +103,17 @@ CASES = {
     "perceptron": Case(perceptron, draws(LANES, 2), LAYERS, "arrays"),
     "coupled": Case(coupled, draws(LANES, 12), 0.3 * draws(12, 12), "arrays"),
     "bodies": Case(bodies, SKY, jnp.asarray([1.0, 0.5, 0.2]), "arrays"),
-    "cond": Case(branching, draws(LANES, 2), PAIR, "components"),
-    "where": Case(choosing, draws(LANES, 2), PAIR, "components"),
-    "scan": Case(scanning, draws(LANES, 3), PAIR, "components"),
-    "fori_loop": Case(looping, draws(LANES, 2), PAIR, "components"),
-    "norm": Case(normed, draws(LANES, 2), PAIR, "components"),
-    "indexing": Case(indexing, draws(LANES, 3), PAIR, "components"),
+    "cond": Case(branching, draws(LANES, 2), PAIR, None),
+    "where": Case(choosing, draws(LANES, 2), PAIR, None),
+    "scan": Case(scanning, draws(LANES, 3), PAIR, None),
+    "fori_loop": Case(looping, draws(LANES, 2), PAIR, None),
+    "norm": Case(normed, draws(LANES, 2), PAIR, None),
+    "indexing": Case(indexing, draws(LANES, 3), PAIR, None),
     "interp": Case(interpolating, draws(LANES, 2), draws(5), "arrays"),
     "searchsorted": Case(searching, draws(LANES, 2), jnp.asarray([-0.5, 0.0, 0.6]), "arrays"),
     "table": Case(looking_up, draws(LANES, 2), draws(5), "arrays"),
 }
-SETTINGS: dict[str, Any] = dict(method=pk.heun, step=pk.Fixed(STEPS))
+SETTINGS: dict[str, Any] = {"method": pk.heun, "step": pk.Fixed(STEPS)}
 
 
 def total(ys: Any) -> jax.Array:
@@ -173,7 +173,8 @@ def explain(case: Case, **config: Any) -> pk.Explanation:
 def test_fields_of_the_lanes_plan(name):
     case = CASES[name]
     why = explain(case)
-    assert (why.plan, why.lift, why.lanes) == ("lanes", case.lift, LANES)
+    assert (why.plan, why.lanes) == ("lanes", LANES)
+    assert why.lift == case.lift if case.lift else why.lift in ("components", "arrays")
     close(fused(case), plain(case))
 
 
@@ -284,7 +285,7 @@ def blocks_of_16(run: Callable[[int], Any]) -> Any:
 
 def test_explanations():
     case = CASES["lorenz"]
-    settings: dict[str, Any] = dict(method=pk.tsit5, max_steps=1000)
+    settings: dict[str, Any] = {"method": pk.tsit5, "max_steps": 1000}
 
     def explained(adjoint: Any, **more: Any) -> pk.Explanation:
         return pk.explain(

@@ -41,7 +41,7 @@ def forward(max_steps: int, record: Record) -> list[Segment]:
 def lost(piece: Segment, record: Record) -> list[tuple[int, int]]:
     """Milestones, as (stride, attempt), that a backward pass could ask for but whose slot holds another one.
 
-    It holds for every number of attempts in start+1..end: the pass asks for the multiples of a stride below that number, which
+    It holds for every number of attempts in start+1..end: the pass asks for the multiples of a stride below it, which
     are those up to `start`. Lanes are replayed at the coarsest stride in their block, so all coarser strides count.
     """
     missing, stride = [], piece.stride

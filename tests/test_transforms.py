@@ -26,7 +26,7 @@ STEP = pk.Adaptive(rtol=1e-2, atol=1e-2)
 Y0 = jnp.asarray([1.0, 0.2])
 ARGS = {"k": jnp.asarray(2.0), "p": jnp.asarray([0.1, 0.5])}
 Y0S = jnp.stack([jnp.linspace(0.3, 2.0, 6), jnp.linspace(-1.0, 1.0, 6)], axis=1)
-CLOSE = dict(rtol=1e-11, atol=1e-12)
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def field(t, y, args):
