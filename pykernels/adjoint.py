@@ -20,7 +20,7 @@ from jax import lax
 from pykernels import primitives
 from pykernels.interpolation import dense_weights, weighted_sum
 from pykernels.kernels import body, xla
-from pykernels.kernels.stepper import SUCCESS, Method, Pieces, Solve, State, Stepper, outcome
+from pykernels.kernels.stepper import SUCCESS, Method, Pieces, Solve, State, Stepper, is_finite, outcome
 from pykernels.schedule import Record, record_for
 
 
@@ -75,7 +75,14 @@ class Milestones:
         return record_for(solve.max_steps, self.count, self.scratch)
 
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        return _with_milestones(solve, self.record(solve), *inputs)
+        # What is known now can not be differentiated. Deciding here, not by symbolic zeros in the forward rule, keeps the
+        # residuals' structure independent of how the call is differentiated: JAX 0.10 remembers only the latest one.
+        y = range(solve.first_y, solve.first_operand)
+        wrt = tuple(
+            i in y or (isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating))
+            for i, x in enumerate(inputs)
+        )
+        return _with_milestones(solve, self.record(solve), wrt, *inputs)
 
     def memory(self, solve: Solve) -> int:
         record = self.record(solve)
@@ -100,7 +107,7 @@ class BoundedTree:
             raise ValueError(f"BoundedTree(branching=) must be at least 2, not {self.branching!r}")
 
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        return _bounded_tree(self, solve, inputs)
+        return _bounded_tree(self, solve, list(inputs))
 
     def depth(self, max_steps: int) -> int:
         """Levels of scans that hold `max_steps` leaves."""
@@ -114,52 +121,33 @@ class BoundedTree:
         return states * (solve.field.elements + 4) * solve.field.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """Which inputs need cotangents: static data that travels in the residuals."""
-
-    wrt: tuple[bool, ...]
-
-
-jax.tree_util.register_pytree_node(_Wanted, lambda w: ((), w), lambda w, _: w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_milestones(solve: Solve, record: Record, *inputs: jax.Array) -> list[jax.Array]:
-    del record
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _with_milestones(
+    solve: Solve, record: Record, wrt: tuple[bool, ...], *inputs: jax.Array
+) -> list[jax.Array]:
+    del record, wrt
     return primitives.solve(inputs, solve)
 
 
-def _milestones_forward(solve: Solve, record: Record, *inputs: Any) -> tuple[list[jax.Array], Any]:
-    values = [i.value for i in inputs]
-    y = range(solve.first_y, solve.first_operand)
-    wrt = tuple(
-        index in y or (i.perturbed and jnp.issubdtype(i.value.dtype, jnp.floating))
-        for index, i in enumerate(inputs)
-    )
-    results = primitives.solve(values, solve, record)
+def _milestones_forward(
+    solve: Solve, record: Record, wrt: tuple[bool, ...], *inputs: jax.Array
+) -> tuple[list[jax.Array], Any]:
+    del wrt
+    results = primitives.solve(inputs, solve, record)
     count = len(solve.field.y_shapes)
-    residuals = (values, results[count], results[count + 1], results[count + 3 :], _Wanted(wrt))
-    return results[: count + 3], residuals
+    return results[: count + 3], (inputs, results[count], results[count + 1], results[count + 3 :])
 
 
 def _milestones_backward(
-    solve: Solve, record: Record, residuals: Any, cotangents: Sequence[Any]
+    solve: Solve, record: Record, wrt: tuple[bool, ...], residuals: Any, cotangents: Sequence[Any]
 ) -> tuple[Any, ...]:
-    inputs, status, attempts, recorded, wanted = residuals
-    count = len(solve.field.y_shapes)
-    cts = [_instantiate(ct) for ct in cotangents[:count]]
-    results = iter(primitives.pull_back(inputs, status, attempts, recorded, cts, solve, record, wanted.wrt))
-    return tuple(next(results) if w else None for w in wanted.wrt)
+    inputs, status, attempts, recorded = residuals
+    values = cotangents[: len(solve.field.y_shapes)]
+    results = iter(primitives.pull_back(inputs, status, attempts, recorded, values, solve, record, wrt))
+    return tuple(next(results) if w else None for w in wrt)
 
 
-def _instantiate(cotangent: Any) -> jax.Array:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
-
-
-_with_milestones.defvjp(_milestones_forward, _milestones_backward, symbolic_zeros=True)
+_with_milestones.defvjp(_milestones_forward, _milestones_backward)
 
 
 class _Tree(NamedTuple):
@@ -170,10 +158,11 @@ class _Tree(NamedTuple):
     rows: Pieces  # values at the save times, (saves, *shape, lanes) per piece
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _bounded_tree(adjoint: BoundedTree, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
     lanes = inputs[solve.first_y].shape[-1]
     solve = xla.resolve(solve, lanes, differentiated=True)
-    method = Method(solve, differentiated=True)
+    method = Method(solve, differentiated=True, spread=[True] * len(solve.lane))
 
     def with_lanes(index: int) -> jax.Array:
         value = inputs[index]
@@ -220,7 +209,9 @@ def _bounded_tree(adjoint: BoundedTree, solve: Solve, inputs: Sequence[jax.Array
     values = final.state.y if saves is None else final.rows
     status, attempts, accepted = outcome(solve, stepper, final.state)
     leaves = _unpieces(method, solve, values, () if saves is None else (solve.saves,))
-    return [jnp.where(status == SUCCESS, leaf, jnp.nan) for leaf in leaves] + [status, attempts, accepted]
+    failed = status != SUCCESS
+    poison = jnp.where(failed, jnp.asarray(jnp.nan, solve.field.dtype), 0.0)
+    return [primitives.fail(leaf, failed) + poison for leaf in leaves] + [status, attempts, accepted]
 
 
 def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree:
@@ -229,7 +220,8 @@ def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree
     method, state = stepper.method, carry.state
     held = state._replace(y=lax.stop_gradient(state.y), k0=lax.stop_gradient(state.k0))
     new, taken = stepper.attempt(held, carry.attempt)
-    accepted = taken.accepted
+    # A fixed step into infinity is made, but not differentiated.
+    accepted = taken.accepted & is_finite(new.y)
 
     def guard(piece: jax.Array) -> jax.Array:
         return jnp.where(accepted, piece, lax.stop_gradient(piece))
@@ -245,7 +237,10 @@ def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree
     k0 = method.field(t, y, operands, accepted)
     dense = saves is not None
     stages, y1 = method.step(t, h, y, k0, operands, accepted, last=False, dense=dense)
-    moved = [jnp.where(accepted, a, b) for a, b in zip(y1, state.y, strict=True)]
+    moved = [
+        jnp.where(accepted, a, jnp.where(taken.accepted, b + lax.stop_gradient(c - b), b))
+        for a, b, c in zip(y1, state.y, new.y, strict=True)
+    ]
     rows = carry.rows
     if saves is not None:
         direction = stepper.direction

@@ -1033,7 +1033,7 @@ class _Components(_Interpreter):
         for i, branch in enumerate(branches):
             entering = operands
             if self.differentiated:
-                chosen = lax.eq(index, lax.full_like(index, i))
+                chosen = lax.eq(number, lax.full_like(number, i))
                 entering = [
                     self.start([self.enter(chosen, p) for p in self.pieces(v)], v.shape, False)
                     for v in operands
@@ -1042,7 +1042,7 @@ class _Components(_Interpreter):
         outs = []
         for values in zip(*results, strict=True):
             columns = zip(*map(self.pieces, values), strict=True)
-            outs.append(self.start([self.by_index(index, c) for c in columns], values[0].shape, False))
+            outs.append(self.start([self.by_index(number, c) for c in columns], values[0].shape, False))
         return outs
 
     def enter(self, chosen: Array, piece: Any) -> Any:

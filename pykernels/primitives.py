@@ -49,13 +49,19 @@ def pull_back(
     Those of shared inputs are summed over lanes. A failed lane with a cotangent other than zero gets NaN, in its own inputs
     and in the shared ones; a lane whose cotangents are all zero contributes exactly zero.
     """
-    operands = (*inputs, status, attempts, *recorded, *cotangents)
+    operands = vary_together([*inputs, status, attempts, *recorded, *cotangents])
     return pull_back_p.bind(*operands, solve=solve, record=record, wrt=tuple(wrt))
 
 
 def any_lane(mask: jax.Array) -> jax.Array:
     """Whether any lane is set, over *all* lanes: under `jax.vmap` too, so that it can decide a `lax.cond`."""
     return any_lane_p.bind(mask)
+
+
+def fail(value: jax.Array, failed: jax.Array) -> jax.Array:
+    """A linear identity that turns what is not zero into NaN in failed lanes, forwards and backwards: a failed lane's used
+    cotangent becomes NaN, an unused one stays exactly zero."""
+    return fail_p.bind(value, jnp.broadcast_to(failed, value.shape))
 
 
 def _lanes(inputs: Sequence[Any], solve: Solve) -> int:
@@ -66,8 +72,43 @@ def _structs(buffers: Sequence[Buffer], lanes: int) -> list[jax.ShapeDtypeStruct
     return [jax.ShapeDtypeStruct((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in buffers]
 
 
-def _abstract(structs: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in structs]
+def _varying(aval: Any) -> frozenset[Any]:
+    """The mesh axes of an enclosing `jax.shard_map` along which a value differs."""
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # JAX 0.12
+
+
+def vary_together(values: Sequence[Any]) -> list[Any]:
+    """Under `jax.shard_map`, values that differ along the same mesh axes; reverse mode sums over what is added here."""
+    axes = [_varying(jax.typeof(value)) for value in values]
+    union = frozenset().union(*axes)
+    return [
+        value if mine == union else jax.lax.pcast(value, tuple(sorted(union - mine)), to="varying")
+        for value, mine in zip(values, axes, strict=True)
+    ]
+
+
+def _abstract(structs: Sequence[jax.ShapeDtypeStruct], like: Any) -> list[Any]:
+    """Abstract results that differ along the mesh axes that the operand `like` does, as all operands do."""
+    if not _varying(like):
+        return [jax.core.ShapedArray(s.shape, s.dtype) for s in structs]
+    spec = jax.sharding.PartitionSpec
+    return [
+        like.update(
+            shape=s.shape, dtype=s.dtype, sharding=like.sharding.update(spec=spec(*[None] * len(s.shape)))
+        )
+        for s in structs
+    ]
+
+
+def _lower(implementation: Callable[..., list[jax.Array]]) -> Callable[..., Any]:
+    """A lowering rule that traces `implementation`. Its loops know nothing of a mesh."""
+    rule = mlir.lower_fun(implementation, multiple_results=True)
+
+    def lower(context: Any, *operands: Any, **statics: Any) -> Any:
+        plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in context.avals_in]
+        return rule(context.replace(avals_in=plain), *operands, **statics)
+
+    return lower
 
 
 def _define(
@@ -79,13 +120,14 @@ def _define(
     statics = [n for n, p in inspect.signature(implementation).parameters.items() if p.kind is p.KEYWORD_ONLY]
     primitive.def_impl(jax.jit(implementation, static_argnames=statics))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    mlir.register_lowering(primitive, _lower(implementation))
     return primitive
 
 
 def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.Array]:
     lanes = _lanes(inputs, solve)
-    solve = xla.resolve(solve, lanes, differentiated=False)
+    # A recorded solve is lifted as its replay will be: XLA then rounds both alike, which float32 needs (see body.py).
+    solve = xla.resolve(solve, lanes, differentiated=record is not None)
     buffers = body.forward_buffers(solve, record)
     results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
     count = len(solve.field.y_shapes)
@@ -108,7 +150,7 @@ def _inside(inputs: Sequence[jax.Array], solve: Solve) -> jax.Array:
 
 
 def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[Any]:
-    return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)))
+    return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)), inputs[0])
 
 
 def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[jax.Array]:
@@ -127,7 +169,7 @@ def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bo
     kernel = body.backward(solve, record, wrt)
     kernel_inputs = [*inputs, attempts, *recorded, *cotangents]
     lane = [*solve.lane, *[True] * (len(kernel_inputs) - len(inputs))]
-    raw = xla.run(kernel, kernel_inputs, lane, results, scratch, lanes, solve.block)
+    raw = xla.run(kernel, kernel_inputs, lane, results, scratch, lanes, solve.block, [len(inputs)])
     poison = failed & used
     wanted_lanes = [has_lanes for has_lanes, w in zip(solve.lane, wrt, strict=True) if w]
     return [
@@ -153,9 +195,8 @@ def _parts(operands: Sequence[Any], solve: Solve) -> tuple[Any, ...]:
 
 
 def _pull_back_abstract(*operands: Any, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[Any]:
-    return _abstract(
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, w in zip(operands, wrt, strict=False) if w]
-    )
+    wanted = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, w in zip(operands, wrt, strict=False) if w]
+    return _abstract(wanted, operands[0])
 
 
 def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]) -> list[jax.Array]:
@@ -353,3 +394,31 @@ any_lane_p.def_impl(lambda mask: jnp.any(mask))
 any_lane_p.def_abstract_eval(_any_lane_abstract)
 mlir.register_lowering(any_lane_p, mlir.lower_fun(lambda mask: jnp.any(mask), multiple_results=False))
 batching.primitive_batchers[any_lane_p] = lambda operands, dims: (any_lane(operands[0]), None)
+
+
+def _fail(value: jax.Array, failed: jax.Array) -> jax.Array:
+    return jnp.where(failed & (value != 0), jnp.asarray(jnp.nan, value.dtype), value)
+
+
+def _fail_batch(operands: Sequence[Any], dims: Sequence[int | None]) -> Any:
+    size = _batch_size(operands, dims)
+    value, failed = (
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(operands, dims, strict=True)
+    )
+    return fail_p.bind(value, failed), 0
+
+
+fail_p = jex.Primitive("pykernels_fail")
+fail_p.def_impl(_fail)
+fail_p.def_abstract_eval(lambda value, failed: jax.core.ShapedArray(value.shape, value.dtype))
+mlir.register_lowering(fail_p, mlir.lower_fun(_fail, multiple_results=False))
+batching.primitive_batchers[fail_p] = _fail_batch
+ad.primitive_jvps[fail_p] = lambda primals, tangents: (
+    fail_p.bind(*primals),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else fail_p.bind(tangents[0], primals[1]),
+)
+ad.primitive_transposes[fail_p] = lambda ct, value, failed: (
+    None if isinstance(ct, ad.Zero) else fail_p.bind(ct, failed),
+    None,
+)

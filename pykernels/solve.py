@@ -17,6 +17,7 @@ from pykernels.adjoint import Adjoint, Milestones
 from pykernels.field import Field, as_operands, as_state, trace_field
 from pykernels.kernels import stepper, xla
 from pykernels.kernels.stepper import Solve
+from pykernels.primitives import vary_together
 from pykernels.stepsize import Adaptive, Fixed
 from pykernels.tableau import ButcherTableau, tsit5
 
@@ -442,16 +443,11 @@ def _plan(field: Field, lane: Sequence[bool], config: Config) -> tuple[str, str]
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _integrate(spec: Solve, adjoint: Adjoint, inputs: list[jax.Array]) -> list[jax.Array]:
-    return adjoint.integrate(spec, inputs)
-
-
 def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
     if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(f"adjoint must be Milestones(), BoundedTree() or ForwardOnly(), not {adjoint!r}")
     spec = problem.spec
-    *leaves, status, attempts, accepted = _integrate(spec, adjoint, problem.inputs)
+    *leaves, status, attempts, accepted = adjoint.integrate(spec, vary_together(problem.inputs))
     if problem.save_at is not None and spec.saves is None:  # no times at all
         leaves = [leaf[None][:0] for leaf in leaves]
     ys = [jnp.moveaxis(leaf, -1, 0) for leaf in leaves]

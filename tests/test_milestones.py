@@ -91,9 +91,6 @@ def test_the_full_storage_gradient_is_that_of_the_bounded_tree(saved):
         np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="no milestone is stored, so the backward pass takes the initial state to be zero"
-)
 def test_nothing_to_replay():
     """No attempt at all: t1 = t0. The rows at t0 move with the field when their time moves."""
 

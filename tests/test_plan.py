@@ -205,16 +205,12 @@ def solving(t, y, m):
 
 
 # The backward pass gives shared operands lanes, but the lift still takes them for shared.
-ARRAY_PLAN = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="shared arguments of the array plan have no gradient"
-)
 OUTSIDE = {
     "callback": (Case(through_callback, draws(LANES, 2), PAIR, "vmap"), "pure_callback", without_callback),
     "linear solve": (Case(solving, draws(LANES, 3), draws(3, 3), "vmap"), "lu", solving),
 }
 
 
-@ARRAY_PLAN
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_fields_outside_the_lanes_plan(name):
     """They take the array plan, `explain` names the primitive, and values and gradients are right."""
@@ -234,7 +230,6 @@ def test_components_are_refused_where_they_do_not_apply():
     assert "dynamic_slice at an index" in explain(CASES["table"]).reason
 
 
-@ARRAY_PLAN
 def test_the_array_plan_can_be_asked_for():
     why = explain(CASES["lorenz"], plan="array")
     assert why.plan == "array" and "config" in why.reason
@@ -243,13 +238,7 @@ def test_the_array_plan_can_be_asked_for():
     assert (why.plan, why.lift) == ("lanes", "components")
 
 
-PADDED = pytest.mark.xfail(
-    strict=True,
-    reason="the last block's missing lanes repeat the last lane, and its cotangents of shared arguments",
-)
-
-
-@pytest.mark.parametrize("block", [1, pytest.param(7, marks=PADDED), pytest.param(64, marks=PADDED), 256])
+@pytest.mark.parametrize("block", [1, pytest.param(7), pytest.param(64), 256])
 def test_blocks_do_not_change_results(block):
     """An ensemble with adaptive steps whose size no block divides: lanes never see each other."""
     lanes = 65

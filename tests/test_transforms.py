@@ -206,11 +206,6 @@ def test_scan_over_solves():
     close(checkpointed, got)
 
 
-@pytest.mark.xfail(
-    jax.__version_info__ < (0, 11),
-    strict=True,
-    reason="JAX 0.10 keeps the residuals' structure, here with the wanted inputs, of the forward rule's last trace only",
-)
 def test_gradients_do_not_depend_on_what_was_differentiated_before():
     """By both, by the state alone, and then by both in a scan: three different sets of wanted cotangents."""
 
@@ -444,7 +439,6 @@ print("sharded")
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the primitives do not say along which mesh axes their results vary")
 def test_shard_map_over_two_devices():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

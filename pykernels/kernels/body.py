@@ -11,10 +11,11 @@ to the first: restore the milestone, run the segment's attempts again while writ
 scratch backwards, pulling the cotangent through one step at a time.
 
 Why the replay is the forward pass again. Two compilations may round differently, so nothing that is decided by a comparison
-is recomputed: accept/reject decisions are stored, one bit per attempt and lane. Step sizes are recomputed; relative to the
-tolerance, rounding changes the embedded error by eps/tol, hence h by about eps/tol, hence the local error (of size tol) by
-eps: rounding level, whatever the tolerance. What would *not* be at rounding level is an end of the replayed segment
-that misses the next milestone's time by h eps/tol, so the last accepted step of the segment is stretched to meet it.
+is recomputed: accept/reject decisions are stored, one bit per attempt and lane. Step sizes are recomputed: rounding changes
+the embedded error, relative to the tolerance, by eps/tol, and h by as much. The replayed segment would miss the next
+milestone's time by the sum of these, so its last accepted step is stretched to meet it. In float64 all this is at rounding
+level. In float32 with tolerances near eps it is not where forward and backward pass round differently: see the test
+`test_milestones.py::test_single_precision_gradients`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class _Reader:
         if spread and not self.solve.lane[index]:
             values = [jnp.broadcast_to(v[..., None], (*v.shape, self.lanes)) for v in values]
         return values
+
+    def state(self) -> Pieces:
+        """Pieces of y0."""
+        shapes = self.solve.field.y_shapes
+        return [p for i, shape in enumerate(shapes, self.solve.first_y) for p in self.pieces(i, shape)]
 
     def stepper(self, operands: list[Pieces]) -> Stepper:
         dt0 = self.lane_vector(2) if self.solve.has_dt0 else None
@@ -280,7 +286,12 @@ class _Saver:
         start = self.stepper.t0
         first = jnp.broadcast_to(self.reader.save_time(jnp.int32(0)), start.shape)
         pointer = (jnp.zeros(start.shape, jnp.int32), first if self.reader.solve.saves else self.never)
-        return self._rows(pointer, jnp.ones(start.shape, bool), start, lambda due: y0)
+
+        def value(due: Array) -> Pieces:
+            # The second term is zero and carries the derivative with respect to the save time and t0.
+            return plus(y0, due - start, self.stepper.method.field(start, y0, self.stepper.operands))
+
+        return self._rows(pointer, jnp.ones(start.shape, bool), start, value)
 
     def save(self, pointer: tuple[Array, Array], taken: Taken) -> tuple[Array, Array]:
         method = self.stepper.method
@@ -383,7 +394,7 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
         inputs, (attempts_ref, decisions_ref) = split(n_inputs), split(2)
         milestone_refs, cotangent_refs = split(n_milestones), split(n_y)
         result_refs, scratch_refs = split(len(results)), split(len(scratch))
-        method = Method(solve, differentiated=True)
+        method = Method(solve, differentiated=True, spread=wrt)
         reader = _Reader(solve, method, inputs)
         pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], decisions_ref, scratch_refs)
         rows = _Milestones(solve, method, milestone_refs)
@@ -401,8 +412,7 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
 
         segments = (count + stride - 1) // stride
         _, cotangents, _ = lax.while_loop(lambda carry: carry[0] > 0, segment, (segments, cotangents, target))
-        first = rows.restore(jnp.int32(0), pull.stepper, jnp.int32(0))
-        pull.finish(cotangents, first, result_refs)
+        pull.finish(cotangents, result_refs)
 
     return body
 
@@ -721,11 +731,11 @@ class _Pullback:
         cut = jnp.where(clipped, h_ct, 0.0)
         return cotangents._replace(t=cotangents.t + t_ct - cut, t1=cotangents.t1 + cut)
 
-    def finish(self, cotangents: _Cotangents, first: State, refs: Sequence[Any]) -> None:
+    def finish(self, cotangents: _Cotangents, refs: Sequence[Any]) -> None:
         """Rows at or before t0, then the results."""
         solve = self.solve
         if solve.saves is not None:
-            cotangents = self._initial_rows(cotangents, first)
+            cotangents = self._initial_rows(cotangents)
         results: dict[int, Any] = {}
         if self.times:
             t, h, t1 = cotangents.t, cotangents.h, cotangents.t1
@@ -759,10 +769,10 @@ class _Pullback:
         for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index] or [], strict=True):
             ref[(*at, ...)] = jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece
 
-    def _initial_rows(self, cotangents: _Cotangents, first: State) -> _Cotangents:
+    def _initial_rows(self, cotangents: _Cotangents) -> _Cotangents:
         k0 = None
         if self._dates:
-            k0 = self.method.field(self.stepper.t0, first.y, self.operands)
+            k0 = self.method.field(self.stepper.t0, self.reader.state(), self.operands)
 
         def row(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             pointer, y, t = carry

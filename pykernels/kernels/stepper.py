@@ -115,10 +115,14 @@ def is_finite(pieces: Pieces) -> Bool[Array, " lanes"]:
 class Method:
     """A Runge-Kutta method on a lifted field: stages of one step, for values and for `jax.vjp`."""
 
-    def __init__(self, solve: Solve, *, differentiated: bool) -> None:
+    def __init__(self, solve: Solve, *, differentiated: bool, spread: Sequence[bool] | None = None) -> None:
         self.tableau = solve.method
         count = 1 + len(solve.field.y_shapes)
         lane = (*(True,) * count, *solve.lane[solve.first_operand :])
+        if spread is not None and solve.kind != "arrays":
+            lane = tuple(
+                a or b for a, b in zip(lane, (*(True,) * count, *spread[solve.first_operand :]), strict=True)
+            )
         self.lift: Lift = lift(solve.field.jaxpr, lane, solve.kind, differentiated=differentiated)
         self._counts = [len(self.lift.pieces(shape)) for shape in solve.field.y_shapes]
 
@@ -266,7 +270,8 @@ class Stepper:
             live, last = i < self.steps, i + 1 == self.steps
             h = jnp.where(last, self.t1 - t, self.h)
         k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
-        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=self.solve.carries_stage)
+        last_used = self.solve.carries_stage or self.solve.saves is not None
+        stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=last_used)
         new = y1 if self.steps is None else select(live, y1, state.y)
         last_stage = stages[-1] if state.k0 is not None else None
         if last_stage is not None and self.steps is not None:

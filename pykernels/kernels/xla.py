@@ -60,6 +60,7 @@ def run(
     scratch: Sequence[Buffer],
     lanes: int,
     block: int,
+    silent: Sequence[int] = (),
 ) -> list[jax.Array]:
     """Run a body over all blocks of an ensemble.
 
@@ -79,10 +80,11 @@ def run(
         body(*inputs, *outputs)
         return [jax.freeze(ref) for ref in outputs[: len(results)]]
 
-    with_lanes = [operand for operand, has in zip(operands, lane, strict=True) if has]
+    places = [i for i, has in enumerate(lane) if has]
+    with_lanes = [operands[i] for i in places]
     if blocks == 1:
         return one(with_lanes)
-    stacked = jax.lax.map(one, [_split(operand, blocks, size) for operand in with_lanes])
+    stacked = jax.lax.map(one, [_split(operands[i], blocks, size, i in silent) for i in places])
     return [
         _join(value, lanes) if buffer.lanes else jnp.sum(value, axis=0)
         for value, buffer in zip(stacked, results, strict=True)
@@ -93,11 +95,12 @@ def _empty(buffer: Buffer, size: int) -> jax.Ref:
     return jax.new_ref(jnp.zeros((*buffer.shape, size) if buffer.lanes else buffer.shape, buffer.dtype))
 
 
-def _split(operand: jax.Array, blocks: int, size: int) -> jax.Array:
+def _split(operand: jax.Array, blocks: int, size: int, silent: bool = False) -> jax.Array:
     """(..., lanes) -> (blocks, ..., size); missing lanes repeat the last one."""
     missing = blocks * size - operand.shape[-1]
     if missing:
         last = jnp.broadcast_to(operand[..., -1:], (*operand.shape[:-1], missing))
+        last = jnp.zeros_like(last) if silent else last
         operand = jnp.concatenate([operand, last], axis=-1)
     return jnp.moveaxis(operand.reshape(*operand.shape[:-1], blocks, size), -2, 0)
 
