@@ -60,6 +60,18 @@ class Buffer:
     lanes: bool = True
 
 
+def _load(ref: Any, index: tuple[Any, ...]) -> Array:
+    """`ref[(*index, ...)]`, also for a buffer without elements, which JAX 0.12 refuses to index."""
+    if 0 in ref.shape:
+        return jnp.zeros(ref.shape[len(index) :], ref.dtype)
+    return ref[(*index, ...)]
+
+
+def _store(ref: Any, index: tuple[Any, ...], value: Array) -> None:
+    if 0 not in ref.shape:
+        ref[(*index, ...)] = value
+
+
 class _Reader:
     """Values of a kernel's inputs from their Refs."""
 
@@ -74,7 +86,7 @@ class _Reader:
     def pieces(self, index: int, shape: tuple[int, ...], *, spread: bool = False) -> Pieces:
         """Pieces of an input; `spread`: a shared one gets a lane axis, so that its cotangents stay per lane."""
         ref = self.refs[index]
-        values = [ref[(*at, ...)] for at in self.method.lift.pieces(shape)]
+        values = [_load(ref, at) for at in self.method.lift.pieces(shape)]
         if spread and not self.solve.lane[index]:
             values = [jnp.broadcast_to(v[..., None], (*v.shape, self.lanes)) for v in values]
         return values
@@ -112,11 +124,11 @@ class _Rows:
         for i, value in enumerate(scalars):
             self.scalar_ref[row, i, :] = value
         for (ref, at), piece in zip(self._places(), y, strict=True):
-            ref[(row, *at, ...)] = piece
+            _store(ref, (row, *at), piece)
 
     def read(self, row: Array) -> tuple[list[Array], Pieces]:
         scalars = [self.scalar_ref[row, i, :] for i in range(self.scalars)]
-        return scalars, [ref[(row, *at, ...)] for ref, at in self._places()]
+        return scalars, [_load(ref, (row, *at)) for ref, at in self._places()]
 
     def _places(self) -> list[tuple[Any, tuple[int, ...]]]:
         pairs = zip(self.leaf_refs, self.shapes, strict=True)
@@ -266,7 +278,7 @@ def _store_leaves(
     position = 0
     for ref, shape in zip(refs, shapes, strict=True):
         for at in method.lift.pieces(shape):
-            ref[(*at, ...)] = jnp.broadcast_to(pieces[position], ref[(*at, ...)].shape)
+            _store(ref, at, jnp.broadcast_to(pieces[position], ref.shape[len(at) :]))
             position += 1
 
 
@@ -326,8 +338,8 @@ class _Saver:
         method, position = self.stepper.method, 0
         for ref, shape in zip(self.refs, self.reader.solve.field.y_shapes, strict=True):
             for at in method.lift.pieces(shape):
-                index = (row, *at, ...)
-                ref[index] = jnp.where(mask, pieces[position], ref[index])
+                index = (row, *at)
+                _store(ref, index, jnp.where(mask, pieces[position], _load(ref, index)))
                 position += 1
 
 
@@ -478,7 +490,7 @@ class _Pullback:
             pointer = None
         else:
             y = [
-                jnp.zeros(ref[(0, *at, ...)].shape, solve.field.dtype)
+                jnp.zeros(ref.shape[1 + len(at) :], solve.field.dtype)
                 for ref, shape in zip(refs, solve.field.y_shapes, strict=True)
                 for at in self.method.lift.pieces(shape)
             ]
@@ -495,7 +507,7 @@ class _Pullback:
     def _row_pieces(self, row: tuple[Any, ...]) -> Pieces:
         """Cotangents of one row of saved values (or of the final state)."""
         return [
-            ref[(*row, *at, ...)]
+            _load(ref, (*row, *at))
             for ref, shape in zip(self.cotangent_refs, self.solve.field.y_shapes, strict=True)
             for at in self.method.lift.pieces(shape)
         ]
@@ -767,7 +779,7 @@ class _Pullback:
         shape = self.solve.field.operands[index].shape
         shared = not self.solve.lane[self.solve.first_operand + index]
         for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index] or [], strict=True):
-            ref[(*at, ...)] = jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece
+            _store(ref, at, jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece)
 
     def _initial_rows(self, cotangents: _Cotangents) -> _Cotangents:
         k0 = None
