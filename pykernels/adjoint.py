@@ -20,6 +20,7 @@ from jax import lax
 from pykernels import primitives
 from pykernels.interpolation import dense_weights, weighted_sum
 from pykernels.kernels import body, xla
+from pykernels.kernels.body import Kernel
 from pykernels.kernels.stepper import SUCCESS, Method, Pieces, Solve, State, Stepper, is_finite, outcome
 from pykernels.schedule import Record, record_for
 
@@ -35,6 +36,10 @@ class Adjoint(Protocol):
         """Bytes per trajectory that reverse mode keeps between the forward and the backward pass, or during it."""
         ...
 
+    def kernels(self, solve: Solve) -> list[Kernel]:
+        """The kernels it runs, backwards with respect to everything that has a derivative; none if it is plain JAX."""
+        ...
+
 
 @dataclass(frozen=True)
 class ForwardOnly:
@@ -47,6 +52,9 @@ class ForwardOnly:
     def memory(self, solve: Solve) -> int:
         del solve
         return 0
+
+    def kernels(self, solve: Solve) -> list[Kernel]:
+        return [Kernel(solve, None)]
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,11 @@ class Milestones:
         _, scratch = body.backward_buffers(solve, record, [True] * len(solve.lane))
         return sum(math.prod(b.shape) * np.dtype(b.dtype).itemsize for b in (*kept, *scratch))
 
+    def kernels(self, solve: Solve) -> list[Kernel]:
+        operands = [jnp.issubdtype(struct.dtype, jnp.floating) for struct in solve.field.operands]
+        wrt = (*[True] * solve.first_operand, *operands)
+        return [Kernel(solve, self.record(solve)), Kernel(solve, self.record(solve), wrt)]
+
 
 @dataclass(frozen=True)
 class BoundedTree:
@@ -119,6 +132,10 @@ class BoundedTree:
     def memory(self, solve: Solve) -> int:
         states = self.branching * self.depth(solve.max_steps)
         return states * (solve.field.elements + 4) * solve.field.dtype.itemsize
+
+    def kernels(self, solve: Solve) -> list[Kernel]:
+        del solve
+        return []
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

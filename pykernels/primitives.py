@@ -6,6 +6,7 @@ tangents together. All are batched natively: `jax.vmap` adds lanes. Their meanin
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from pykernels.kernels import body, xla
-from pykernels.kernels.body import Buffer
+from pykernels.kernels import body, cpu, xla
+from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
 
@@ -111,25 +112,55 @@ def _lower(implementation: Callable[..., list[jax.Array]]) -> Callable[..., Any]
     return lower
 
 
+Run = Callable[[Kernel, Sequence[jax.Array], int], list[jax.Array]]
+
+
+def _run_portable(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    if kernel.solve.runner not in (None, "xla"):
+        raise ValueError(f"Config(runner={kernel.solve.runner!r}) is not possible on this platform")
+    # A recorded solve is lifted as its replay will be: XLA then rounds both alike, which float32 needs (see body.py).
+    solve = xla.resolve(kernel.solve, lanes, differentiated=kernel.record is not None)
+    return xla.run(dataclasses.replace(kernel, solve=solve), operands, lanes)
+
+
+def _run_on_cpu(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    reason = cpu_obstacle(kernel, lanes)
+    if reason is None:
+        return cpu.run(kernel, operands, lanes)
+    if kernel.solve.runner == "native":
+        raise ValueError(f"Config(runner='native') is not possible: {reason}")
+    return _run_portable(kernel, operands, lanes)
+
+
+def cpu_obstacle(kernel: Kernel, lanes: int) -> str | None:
+    """Why a kernel is not run natively on a CPU, or None if it is."""
+    return "asked for by config" if kernel.solve.runner == "xla" else cpu.obstacle(kernel, lanes)
+
+
 def _define(
     name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]
 ) -> jex.Primitive:
-    """A primitive with several results whose meaning on every platform is `implementation`."""
+    """A primitive with several results. `implementation` says what it means with the kernels run by `run`: natively on a CPU,
+    portably everywhere else."""
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
+    portable = functools.partial(implementation, run=_run_portable)
+    on_cpu = functools.partial(implementation, run=_run_on_cpu)
     statics = [n for n, p in inspect.signature(implementation).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    primitive.def_impl(jax.jit(implementation, static_argnames=statics))
+    statics.remove("run")
+
+    def eagerly(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
+        return primitive.bind(*operands, **parameters)
+
+    primitive.def_impl(jax.jit(eagerly, static_argnames=statics))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, _lower(implementation))
+    mlir.register_lowering(primitive, _lower(portable))
+    mlir.register_lowering(primitive, _lower(on_cpu), platform="cpu")
     return primitive
 
 
-def _solve(*inputs: jax.Array, solve: Solve, record: Record | None) -> list[jax.Array]:
-    lanes = _lanes(inputs, solve)
-    # A recorded solve is lifted as its replay will be: XLA then rounds both alike, which float32 needs (see body.py).
-    solve = xla.resolve(solve, lanes, differentiated=record is not None)
-    buffers = body.forward_buffers(solve, record)
-    results = xla.run(body.forward(solve, record), inputs, solve.lane, buffers, [], lanes, solve.block)
+def _solve(*inputs: jax.Array, solve: Solve, record: Record | None, run: Run) -> list[jax.Array]:
+    results = run(Kernel(solve, record), inputs, _lanes(inputs, solve))
     count = len(solve.field.y_shapes)
     sound = results[count][0] == SUCCESS
     values = [jnp.where(sound, value, jnp.nan) for value in results[:count]]
@@ -153,7 +184,9 @@ def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[A
     return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)), inputs[0])
 
 
-def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bool, ...]) -> list[jax.Array]:
+def _pull_back(
+    *operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bool, ...], run: Run
+) -> list[jax.Array]:
     inputs, status, attempts, recorded, cotangents = _parts(operands, solve)
     lanes = _lanes(inputs, solve)
     failed = status != SUCCESS
@@ -164,17 +197,13 @@ def _pull_back(*operands: jax.Array, solve: Solve, record: Record, wrt: tuple[bo
     )
     attempts = jnp.where(failed | ~used, 0, attempts)
     cotangents = [jnp.where(failed, 0.0, ct) for ct in cotangents]
-    solve = xla.resolve(solve, lanes, differentiated=True)
-    results, scratch = body.backward_buffers(solve, record, wrt)
-    kernel = body.backward(solve, record, wrt)
-    kernel_inputs = [*inputs, attempts, *recorded, *cotangents]
-    lane = [*solve.lane, *[True] * (len(kernel_inputs) - len(inputs))]
-    raw = xla.run(kernel, kernel_inputs, lane, results, scratch, lanes, solve.block, [len(inputs)])
+    kernel = Kernel(solve, record, wrt)
+    raw = run(kernel, [*inputs, attempts, *recorded, *cotangents], lanes)
     poison = failed & used
     wanted_lanes = [has_lanes for has_lanes, w in zip(solve.lane, wrt, strict=True) if w]
     return [
         _with_failures(value, buffer, has_lanes, failed, poison)
-        for value, buffer, has_lanes in zip(raw, results, wanted_lanes, strict=True)
+        for value, buffer, has_lanes in zip(raw, kernel.results, wanted_lanes, strict=True)
     ]
 
 
@@ -199,11 +228,15 @@ def _pull_back_abstract(*operands: Any, solve: Solve, record: Record, wrt: tuple
     return _abstract(wanted, operands[0])
 
 
-def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]) -> list[jax.Array]:
+def _solve_tangents(
+    *operands: jax.Array, solve: Solve, active: tuple[bool, ...], run: Run
+) -> list[jax.Array]:
     """Values, status and counts, then tangents of the values: JAX's forward mode through the portable runner's loops.
 
     Step sizes and decisions are comparisons and stopped gradients in the body, so the tangents ride along.
     """
+    del run  # tangents are the portable runner's on every platform
+    portable = dataclasses.replace(solve, runner=None)
     n = len(solve.lane)
     inputs, given = operands[:n], iter(operands[n:])
     some = [value for value, has in zip(inputs, active, strict=True) if has]
@@ -211,8 +244,9 @@ def _solve_tangents(*operands: jax.Array, solve: Solve, active: tuple[bool, ...]
     def values(*some: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         mine = iter(some)
         results = _solve(
-            *[next(mine) if a else x for x, a in zip(inputs, active, strict=True)], solve=solve, record=None
-        )
+            *[next(mine) if a else x for x, a in zip(inputs, active, strict=True)],
+            solve=portable, record=None, run=_run_portable,
+        )  # fmt: skip
         count = len(solve.field.y_shapes)
         return results[:count], results[count:]
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pykernels import lanes
+from pykernels import lanes, primitives
 from pykernels.adjoint import Adjoint, Milestones
 from pykernels.field import Field, as_operands, as_state, trace_field
-from pykernels.kernels import stepper, xla
+from pykernels.kernels import cpu, stepper, xla
 from pykernels.kernels.stepper import Solve
 from pykernels.primitives import vary_together
 from pykernels.stepsize import Adaptive, Fixed
@@ -104,30 +104,38 @@ class Config:
     """Overrides of what is otherwise chosen by measured rules; None: choose.
 
     `plan`: "lanes" fuses the whole solve of a block of trajectories, "array" evaluates the field as written.
-    `lift`: "components" or "arrays", how the lanes plan lifts the field. `block`: trajectories per block.
+    `runner`: "native" is machine code through LLVM (where it is not possible an error says why), "xla" the portable one.
+    `lift`: "components" or "arrays", how the portable runner lifts the field. `block`: trajectories per block; the native
+    runner takes the next power of two.
     """
 
     plan: Literal["lanes", "array"] | None = None
     lift: Literal["components", "arrays"] | None = None
     block: int | None = None
+    runner: Literal["native", "xla"] | None = None
 
     def __post_init__(self) -> None:
         if self.plan not in (None, "lanes", "array"):
             raise ValueError(f"Config(plan=) must be 'lanes' or 'array', not {self.plan!r}")
         if self.lift not in (None, "components", "arrays"):
             raise ValueError(f"Config(lift=) must be 'components' or 'arrays', not {self.lift!r}")
+        if self.runner not in (None, "native", "xla"):
+            raise ValueError(f"Config(runner=) must be 'native' or 'xla', not {self.runner!r}")
+        if self.runner == "native" and (self.lift is not None or self.plan == "array"):
+            raise ValueError("Config(runner='native') has its own lift, and runs the lanes plan only")
         if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
             raise ValueError(f"Config(block=) must be a positive int, not {self.block!r}")
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would be executed, and why. Sizes in bytes."""
+    """How a call would be executed, and why. Sizes in bytes. `runner` is what a CPU runs; other platforms take "xla"."""
 
     plan: str
     lift: str
     reason: str
     runner: str
+    runner_reason: str
     block: int
     lanes: int
     operations: int
@@ -136,7 +144,7 @@ class Explanation:
     def __str__(self) -> str:
         return (
             f"plan {self.plan} ({self.lift} lift): {self.reason}\n"
-            f"runner {self.runner}, blocks of {self.block} of {self.lanes} trajectories, "
+            f"runner {self.runner} ({self.runner_reason}), blocks of {self.block} of {self.lanes} trajectories, "
             f"{self.operations} operations per field evaluation\n"
             f"reverse mode keeps {self.milestone_bytes_per_trajectory} bytes per trajectory"
         )
@@ -221,16 +229,32 @@ def explain(
     """How `solve` (or, with `in_axes`, `solve_ensemble`) would execute a call. Nothing is integrated."""
     problem = _Problem.of(field, y0, t0, t1, args, in_axes, method, step, dt0, save_at, max_steps, config)
     spec = problem.spec
+    obstacle = _native_obstacle(spec, adjoint, problem.lanes)
+    if obstacle is None:
+        runner, why = "native", "machine code through LLVM"
+        block = cpu.width(spec, problem.lanes)
+    else:
+        runner, why, block = "xla", obstacle, xla.block_size(problem.lanes, xla.wanted_block(spec))
     return Explanation(
         plan="array" if spec.kind == "vmap" else "lanes",
         lift="components" if spec.kind == "small" else spec.kind,
         reason=problem.reason,
-        runner="xla",
-        block=xla.block_size(problem.lanes, spec.block),
+        runner=runner,
+        runner_reason=why,
+        block=block,
         lanes=problem.lanes,
         operations=lanes.operation_count(spec.field.jaxpr),
         milestone_bytes_per_trajectory=adjoint.memory(spec),
     )
+
+
+def _native_obstacle(spec: Solve, adjoint: Adjoint, count: int) -> str | None:
+    """Why a CPU would not run a call natively, or None."""
+    kernels = adjoint.kernels(spec)
+    if not kernels:
+        return f"{type(adjoint).__name__} is plain JAX"
+    reasons = [primitives.cpu_obstacle(kernel, count) for kernel in kernels]
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,9 +304,11 @@ class _Problem:
         lane = [t.ndim == 1 for t in times] + [r.ndim == 2 for r in rows] + [True] * len(y_leaves)
         lane += [axis is not None for axis in arg_axes] + [False] * len(consts)
         kind, reason = _plan(traced, lane[len(times) + len(rows) :], config)
+        # A lift is the portable runner's; the native ones have their own.
+        runner = config.runner or ("xla" if config.lift is not None else None)
         spec = Solve(
             traced, method, step, max_steps, dt0 is not None, rows[0].shape[0] if rows else None, kind, tuple(lane),
-            config.block or xla.default_block(traced, kind),
+            config.block or 0, runner,
         )  # fmt: skip
         return _Problem(spec, inputs, lanes_count, reason, jax.tree.structure(y), in_axes is None, saves)
 

@@ -25,6 +25,8 @@ RANKS = {
     "kernels": 0,
     "kernels.stepper": 2,
     "kernels.body": 3,
+    "kernels.native": 1,
+    "kernels.ir": 3,
     "kernels.llvm": 4,
     "kernels.cpu": 5,
     "kernels.cuda": 5,

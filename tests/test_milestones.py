@@ -364,19 +364,14 @@ def accurate_gradients() -> tuple[np.ndarray, np.ndarray]:
     return pendula_gradients(np.float64, (1e-9, 1e-11), pk.Milestones(), "components")
 
 
-DRIFT = pytest.mark.xfail(
-    strict=True,
-    reason="replayed step sizes drift in float32; the last step of a segment is stretched by many step sizes",
-)
-
-
 @pytest.mark.parametrize(
     ("lift", "tolerances", "storage"),
     [
         ("components", (1e-6, 1e-6), (64, 64)),
         ("components", (1e-7, 1e-9), (64, 64)),
         ("arrays", (1e-6, 1e-6), (64, 64)),
-        pytest.param("arrays", (1e-7, 1e-9), (64, 64), marks=DRIFT),
+        # The embedded error is rounding noise here and the two passes' step sizes differ freely.
+        ("arrays", (1e-7, 1e-9), (64, 64)),
     ],
     ids=str,
 )

@@ -12,10 +12,11 @@ scratch backwards, pulling the cotangent through one step at a time.
 
 Why the replay is the forward pass again. Two compilations may round differently, so nothing that is decided by a comparison
 is recomputed: accept/reject decisions are stored, one bit per attempt and lane. Step sizes are recomputed: rounding changes
-the embedded error, relative to the tolerance, by eps/tol, and h by as much. The replayed segment would miss the next
-milestone's time by the sum of these, so its last accepted step is stretched to meet it. In float64 all this is at rounding
-level. In float32 with tolerances near eps it is not where forward and backward pass round differently: see the test
-`test_milestones.py::test_single_precision_gradients`.
+the embedded error, relative to the tolerance, by eps/tol, and h by as much. The replayed segment misses the next milestone's
+time by the sum of these, so its last accepted step is stretched to meet it. With tolerances near eps (float32 users have
+them) the embedded error is rounding noise and the miss may be many steps long: then the segment is replayed once more, each
+step scaled by what was missed. Its steps are still as long as the controller's to within its noise, and the gradient is the
+exact one of a solve that the tolerance cannot tell from the forward pass.
 """
 
 from __future__ import annotations
@@ -58,6 +59,63 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: Any
     lanes: bool = True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A body with everything that is static about it; hashable. Forward, or backward with respect to the inputs in `wrt`.
+
+    Operands, in order: the solve's inputs; backward then also attempts (0 for lanes whose cotangents are all zero or that
+    failed), decisions, milestone rows, and the cotangents of the values. Then come results and scratch buffers.
+    """
+
+    solve: Solve
+    record: Record | None
+    wrt: tuple[bool, ...] | None = None
+
+    @property
+    def body(self) -> Callable[..., None]:
+        """The function of Refs: operands, results, scratch."""
+        if self.wrt is None:
+            return forward(self.solve, self.record)
+        assert self.record is not None
+        return backward(self.solve, self.record, self.wrt)
+
+    @property
+    def operands(self) -> list[Buffer]:
+        """What the kernel reads; `lanes` False: shared by all lanes."""
+        solve = self.solve
+        dtypes = [solve.field.dtype] * solve.first_operand + [s.dtype for s in solve.field.operands]
+        inputs = [
+            Buffer(shape, np.dtype(dtype), lane)
+            for shape, dtype, lane in zip(input_shapes(solve), dtypes, solve.lane, strict=True)
+        ]
+        if self.wrt is None:
+            return inputs
+        values = len(solve.field.y_shapes)
+        buffers = forward_buffers(solve, self.record)
+        return [*inputs, Buffer((), np.dtype(np.int32)), *buffers[values + 1 :], *buffers[:values]]
+
+    @property
+    def results(self) -> list[Buffer]:
+        """What the kernel writes; `lanes` False: one partial sum per block, to be added."""
+        if self.wrt is None:
+            return forward_buffers(self.solve, self.record)
+        assert self.record is not None
+        return backward_buffers(self.solve, self.record, self.wrt)[0]
+
+    @property
+    def scratch(self) -> list[Buffer]:
+        """What a block needs while it runs."""
+        if self.wrt is None:
+            return []
+        assert self.record is not None
+        return backward_buffers(self.solve, self.record, self.wrt)[1]
+
+    @property
+    def silent(self) -> int | None:
+        """The operand that must be zero in lanes that only fill up a block: nothing is pulled back through them."""
+        return None if self.wrt is None else len(self.solve.lane)
 
 
 def _load(ref: Any, index: tuple[Any, ...]) -> Array:
@@ -522,17 +580,17 @@ class _Pullback:
         target: tuple[Array, Array],
     ) -> tuple[_Cotangents, tuple[Array, Array]]:
         """Pull back attempts start..stop, which begin at `state` and end at time `target` (for lanes still live then)."""
-        begun = self.attempts > start
         arrival = target
         if level == len(self.strides):
-            end = self._replay(state, start, stop, self._note)
-            gap = None
-            if self.solve.adaptive:
-                gap = jnp.where(begun, (target[0] - end.t) + (target[1] - end.low), 0.0)
+            if self._drifts:
+                gap = self._replay_aligned(state, start, stop, target)
+            else:
+                gap = self._gap(self._replay(state, start, stop, self._note), start, target)
             cotangents = self._walk(start, stop, cotangents, gap)
         else:
             cotangents = self._nested(level, state, start, stop, cotangents, target)
         if self.solve.adaptive:
+            begun = self.attempts > start
             arrival = jnp.where(begun, state.t, target[0]), jnp.where(begun, state.low, target[1])
         return cotangents, arrival
 
@@ -568,11 +626,50 @@ class _Pullback:
 
         return lax.while_loop(lambda carry: carry[0] > 0, homeward, (count, cotangents, target))[1]
 
+    @property
+    def _drifts(self) -> bool:
+        """Whether the tolerance is so near eps that recomputed step sizes may lead a segment astray."""
+        step = self.solve.step
+        return isinstance(step, Adaptive) and step.rtol < 1000 * self.stepper.eps
+
+    def _gap(self, end: State, start: Array, target: tuple[Array, Array]) -> Optional:
+        """By how much the replay of a segment misses its end."""
+        if not self.solve.adaptive:
+            return None
+        return jnp.where(self.attempts > start, (target[0] - end.t) + (target[1] - end.low), 0.0)
+
+    def _replay_aligned(self, state: State, start: Array, stop: Array, target: tuple[Array, Array]) -> Array:
+        """Replay a segment, and once more with scaled steps if a lane missed the end by over a quarter of a step."""
+        attempts = (stop - start).astype(state.t.dtype)
+
+        def wanted(carry: tuple[Array, ...]) -> Array:
+            return carry[0] < 2
+
+        def replay(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            turn, scale, _ = carry
+            end = self._replay(state, start, stop, self._note, (turn > 0, scale))
+            gap = self._gap(end, start, target)
+            replayed = (end.t - state.t) + (end.low - state.low)
+            missed = abs(gap) * attempts > 0.25 * abs(replayed)
+            # Lanes that need no scaling get the same steps again, to the bit.
+            scale = jnp.where(missed, 1 + gap / replayed, 1.0)
+            return turn + jnp.where(any_lane(missed), 1, 2), scale, gap
+
+        zero = jnp.zeros_like(state.t)
+        return lax.while_loop(wanted, replay, (jnp.int32(0), zero, zero))[2]
+
     def _replay(
-        self, state: State, start: Array, stop: Array, note: Callable[[Array, Taken], None] | None
-    ) -> State:
+        self, state: State, start: Array, stop: Array, note: Callable[[Array, Taken], None] | None,
+        scaled: tuple[Array, Array] | None = None,
+    ) -> State:  # fmt: skip
+        """Attempts start..stop again; `scaled` (again, scale): if again, with the noted step sizes times scale."""
+
         def attempt(carry: tuple[Array, State]) -> tuple[Array, State]:
             i, state = carry
+            if scaled is not None:
+                again, scale = scaled
+                noted = self.notes.read(i - start)[0][1]
+                state = state._replace(h=jnp.where(again, abs(noted) * scale, state.h))
             state, taken = self.stepper.attempt(state, i, self._decisions(i))
             if note is not None:
                 note(i - start, taken)

@@ -6,13 +6,13 @@ It runs wherever XLA does, is what other platforms fall back on, and the oracle 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from pykernels.field import Field
-from pykernels.kernels.body import Buffer
+from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.stepper import Solve
 
 # Measured with `bench/lifts.py`. XLA:CPU compiles a loop to one function without dispatch per operation while its state is
@@ -34,6 +34,11 @@ def default_block(field: Field, lift: str) -> int:
     return min(max(STATE_BYTES // (max(field.elements, 1) * size), VECTOR_BYTES // size), MOST_LANES)
 
 
+def wanted_block(solve: Solve) -> int:
+    """Lanes per block: what was asked for, else by default."""
+    return solve.block or default_block(solve.field, solve.kind)
+
+
 def resolve(solve: Solve, lanes: int, *, differentiated: bool) -> Solve:
     """Settle the lift of a small field, which is this runner's to choose.
 
@@ -52,39 +57,31 @@ def block_size(lanes: int, block: int) -> int:
     return -(-lanes // blocks)
 
 
-def run(
-    body: Callable[..., None],
-    operands: Sequence[jax.Array],
-    lane: Sequence[bool],
-    results: Sequence[Buffer],
-    scratch: Sequence[Buffer],
-    lanes: int,
-    block: int,
-    silent: Sequence[int] = (),
-) -> list[jax.Array]:
-    """Run a body over all blocks of an ensemble.
+def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    """Run a kernel over all blocks of an ensemble of `lanes` lanes; operands end with the lane axis where they have one.
 
-    `operands[i]` ends with the lane axis if `lane[i]`. Returns the results, with a last axis of `lanes`; those without lanes
-    are the sum of the blocks' partial results, added in the order of the blocks.
+    Returns the results, with a last axis of `lanes`; those without lanes are the sum of the blocks' partial results, added in
+    the order of the blocks.
     """
+    results, body = kernel.results, kernel.body
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
-    size = block_size(lanes, block)
+    has_lanes = [buffer.lanes for buffer in kernel.operands]
+    size = block_size(lanes, wanted_block(kernel.solve))
     blocks = -(-lanes // size)
 
     def one(blocked: Sequence[jax.Array]) -> list[jax.Array]:
         mine = iter(blocked)
-        values = [next(mine) if has else operand for operand, has in zip(operands, lane, strict=True)]
+        values = [next(mine) if has else operand for operand, has in zip(operands, has_lanes, strict=True)]
         inputs = [jax.new_ref(value) for value in values]
-        outputs = [_empty(buffer, size) for buffer in (*results, *scratch)]
+        outputs = [_empty(buffer, size) for buffer in (*results, *kernel.scratch)]
         body(*inputs, *outputs)
         return [jax.freeze(ref) for ref in outputs[: len(results)]]
 
-    places = [i for i, has in enumerate(lane) if has]
-    with_lanes = [operands[i] for i in places]
+    places = [i for i, has in enumerate(has_lanes) if has]
     if blocks == 1:
-        return one(with_lanes)
-    stacked = jax.lax.map(one, [_split(operands[i], blocks, size, i in silent) for i in places])
+        return one([operands[i] for i in places])
+    stacked = jax.lax.map(one, [_split(operands[i], blocks, size, i == kernel.silent) for i in places])
     return [
         _join(value, lanes) if buffer.lanes else jnp.sum(value, axis=0)
         for value, buffer in zip(stacked, results, strict=True)
