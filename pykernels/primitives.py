@@ -384,6 +384,40 @@ batching.primitive_batchers[solve_p] = _solve_batch
 batching.primitive_batchers[pull_back_p] = _pull_back_batch
 batching.primitive_batchers[solve_tangents_p] = _solve_tangents_batch
 
+# Under jit everything is a tracer, so a recorded solve cannot tell what will be differentiated: t0 and closed-over arrays look
+# like everything else. What turns out unused is left out here, when JAX removes dead code, before kernels are made.
+
+
+def _solve_without_unused(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+    eqn = rest[-1]  # JAX 0.12 passes one argument more
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    kept = len(eqn.params["solve"].field.y_shapes) + 1
+    if eqn.params["record"] is None or any(used[kept:]):
+        return [True] * len(eqn.invars), eqn
+    return [True] * len(eqn.invars), eqn.replace(
+        outvars=eqn.outvars[:kept], params={**eqn.params, "record": None}
+    )
+
+
+def _pull_back_without_unused(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+    eqn = rest[-1]
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    solve, wrt = eqn.params["solve"], list(eqn.params["wrt"])
+    outvars = []
+    for out, i, wanted in zip(eqn.outvars, [i for i, w in enumerate(wrt) if w], used, strict=True):
+        # Cotangents of the state are carried in any case.
+        wrt[i] = wanted or solve.first_y <= i < solve.first_operand
+        if wrt[i]:
+            outvars.append(out)
+    params = {**eqn.params, "wrt": tuple(wrt)}
+    return [True] * len(eqn.invars), eqn.replace(outvars=outvars, params=params)
+
+
+partial_eval.dce_rules[solve_p] = _solve_without_unused
+partial_eval.dce_rules[pull_back_p] = _pull_back_without_unused
+
 NO_REVERSE_MODE = (
     "adjoint=ForwardOnly() supports jax.jvp and jax.jacfwd only. For jax.grad, jax.vjp and jax.jacrev use "
     "adjoint=Milestones() (the default) or adjoint=BoundedTree()."

@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 import jax
+import pytest
+
+from pykernels.kernels import cpu
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--runner",
+        choices=["default", "native", "xla"],
+        default="default",
+        help="the runner of all tests that do not choose one: what this machine takes by default, the native one (an error "
+        "where there is none), or the portable one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the test modules are imported: some ask at once whether there is a native runner."""
+    runner = config.getoption("--runner")
+    reason = cpu.unavailable()
+    if runner == "native" and reason is not None:
+        raise pytest.UsageError(f"--runner native: {reason}")
+    if runner == "xla":
+        cpu.unavailable = lambda: "switched off by --runner xla"

@@ -25,6 +25,7 @@ RANKS = {
     "kernels": 0,
     "kernels.stepper": 2,
     "kernels.body": 3,
+    "kernels.identity": 1,
     "kernels.native": 1,
     "kernels.ir": 3,
     "kernels.llvm": 4,
@@ -42,7 +43,7 @@ RANKS = {
     "": 10,
 }
 INTERPRETERS = {"primitives"}
-EXTENSION_CORE = {"field", "lanes", "reference", "primitives", "kernels.llvm"}
+EXTENSION_CORE = {"field", "lanes", "reference", "primitives", "kernels.llvm", "kernels.identity"}
 PALLAS = {"kernels.pallas"}
 
 

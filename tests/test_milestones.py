@@ -297,7 +297,7 @@ def replay_program(recorded: Recorded) -> Any:
 @pytest.fixture(scope="module")
 def tight() -> tuple[Recorded, Any]:
     """Tolerances so close to rounding that another program would decide differently somewhere."""
-    recorded = record_pendula(lanes=8192, t1=1.0, step=pk.Adaptive(1e-13, 1e-13), max_steps=512, scratch=32)
+    recorded = record_pendula(lanes=8192, t1=1.0, step=pk.Adaptive(3e-14, 3e-14), max_steps=512, scratch=32)
     return recorded, replay_program(recorded)
 
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pykernels.kernels import ir, llvm, native
+from pykernels.kernels import identity, ir, llvm, native
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.ir import Argument, Function, Program, Target
 from pykernels.kernels.stepper import Solve
@@ -121,7 +121,7 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
         return reason
     if kernel.solve.kind == "vmap":
         return "the array plan is XLA's"
-    found = _compiled_or_refused(_native(kernel), width(kernel.solve, lanes))
+    found = _source(_native(kernel), width(kernel.solve, lanes))
     return f"no native code for {found}" if isinstance(found, str) else None
 
 
@@ -131,13 +131,13 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
     kernel, size = _native(kernel), width(kernel.solve, lanes)
-    source = _compiled_or_refused(kernel, size)
+    source = _source(kernel, size)
     assert isinstance(source, Source)
     library = native.load()
     assert library is not None
     library.register()
-    _compiler.start(library)
-    _compiler.prepare(source)
+    compiler.start(library)
+    compiler.prepare(source)
     types = [jax.ShapeDtypeStruct((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in results]
     call = jax.ffi.ffi_call(native.TARGET, types)
     return call(
@@ -181,8 +181,12 @@ class Source:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled_or_refused(kernel: Kernel, size: int) -> Source | str:
-    """A kernel's source, or what has no native code."""
+def _source(kernel: Kernel, size: int) -> Source | str:
+    """A kernel's source, or what has no native code. A later process that asks for the same kernel finds it on disk."""
+    name = identity.digest(("source", kernel, size, machine().fma))
+    stored = None if name is None else compiler.cache.read(name)
+    if stored is not None:
+        return Source(*stored.decode().split("\n"))
     arguments = [
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes, constant=True) for b in kernel.operands],
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes) for b in (*kernel.results, *kernel.scratch)],
@@ -191,7 +195,10 @@ def _compiled_or_refused(kernel: Kernel, size: int) -> Source | str:
         program = llvm.emit(kernel.body, arguments, Target(size, machine().fma))
     except ir.Unsupported as reason:
         return str(reason)
-    return pack(program, size)
+    source = pack(program, size)
+    if name is not None:
+        compiler.cache.write(name, f"{source.key}\n{source.payload}".encode())
+    return source
 
 
 def pack(program: Program, size: int) -> Source:
@@ -449,4 +456,5 @@ def link(code: bytes) -> Any:
     return engine
 
 
-_compiler = Compiler()
+compiler = Compiler()
+"""The compiler of this process; `compiler.cache` may be replaced by another `DiskCache`."""

@@ -154,6 +154,7 @@ class Writer:
         self._allocations: list[str] = []
         self._block = "entry"
         self._splats: dict[str, str] = {}
+        self._workspaces: dict[Any, str] = {}
         self._declared: dict[str, str] = {}
         self._functions: dict[Function, None] = {}
         self._shared: dict[Any, str] = {}
@@ -195,13 +196,13 @@ class Writer:
         if key not in self._shared:
             symbol = f"shared{len(self._shared)}"
             self._shared[key] = symbol
-            outside = self._lines, self._allocations, self._block, self._splats
-            self._lines, self._allocations, self._block, self._splats = [], [], "entry", {}
+            outside = self._lines, self._allocations, self._block, self._splats, self._workspaces
+            self._lines, self._allocations, self._block, self._splats, self._workspaces = [], [], "entry", {}, {}
             write()
             body = [*self._allocations, *self._lines]
             self._definitions += [f"define internal void @{symbol}({formals}) noinline {{", "entry:"]
             self._definitions += [*body, "  ret void", "}"]
-            self._lines, self._allocations, self._block, self._splats = outside
+            self._lines, self._allocations, self._block, self._splats, self._workspaces = outside
         return self._shared[key]
 
     # Text.
@@ -490,6 +491,14 @@ class Writer:
         self._allocations.append(f"  {name} = alloca [{max(count, 1)} x {kind}], align 64")
         return name
 
+    def workspace(self, name: str, count: int, dtype: np.dtype, wide: bool) -> str:
+        """Room for an array that is used up before the same name asks again: all of a function's share it, so that the stack
+        stays in the cache."""
+        key = (name, count, dtype.name, wide)
+        if key not in self._workspaces:
+            self._workspaces[key] = self.allocate(count, dtype, wide)
+        return self._workspaces[key]
+
     def element(self, base: str, index: str, dtype: np.dtype, wide: bool) -> str:
         """The address of an array's cell."""
         kind = self._vector(self._stored(dtype), wide)
@@ -499,9 +508,9 @@ class Writer:
         """An array's cell."""
         return self._load(self.element(base, index, dtype, wide), dtype, wide)
 
-    def spill(self, cells: Sequence[Cell], dtype: np.dtype, wide: bool) -> str:
-        """Cells as an array on the stack."""
-        base = self.allocate(len(cells), dtype, wide)
+    def spill(self, cells: Sequence[Cell], dtype: np.dtype, wide: bool, base: str | None = None) -> str:
+        """Cells as an array on the stack, at `base` if that is given."""
+        base = base or self.allocate(len(cells), dtype, wide)
         for i, cell in enumerate(cells):
             self.store(self.element(base, str(i), dtype, wide), cell, dtype, wide)
         return base

@@ -10,6 +10,7 @@ A new primitive is one entry of `_RULES` (whole arrays) or `_SCALAR` (one cell o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -36,8 +37,9 @@ from pykernels.kernels.ir import (
 )
 
 LANES = 1_000_003
-# Longest matrix product, in multiply-adds, that is written out; longer ones are loops, of this many rows at a time.
-UNROLLED_PRODUCT, PRODUCT_ROWS = 64, 4
+# Longest matrix product, in multiply-adds, that is written out; longer ones are loops, over blocks of so many results: as
+# many sums as keep the multipliers of a processor busy while each waits for its last addition.
+UNROLLED_PRODUCT, PRODUCT_BLOCK = 64, 8
 # Longest scan, in equations it would write, that is written out.
 UNROLLED_SCAN = 500
 # Most (entry, update) pairs of an array whose entries are replaced at an index known only at run time.
@@ -58,7 +60,10 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-_IDENTITIES = frozenset({"copy", "copy_p", "name", "stop_gradient", "optimization_barrier"})
+# The last ones speak of meshes, of which a kernel knows nothing.
+_IDENTITIES = frozenset(
+    {"copy", "copy_p", "name", "stop_gradient", "optimization_barrier", "reshard", "sharding_constraint", "pvary", "pcast"}
+)
 _ADDITIONS = frozenset({"add", "sub", "add_any", "reduce_sum"})
 
 
@@ -527,8 +532,8 @@ def _dot_general(e: Emitter, eqn: JaxprEqn, x: Array, y: Array) -> Array:
 class _Matrix:
     """A factor of a long product in memory: where it begins, whether its cells are wide, and the steps of its three axes."""
 
-    def __init__(self, write: Writer, cells: Array, dtype: np.dtype) -> None:
-        self.wide = any(write_wide(cell) for cell in cells.reshape(-1))
+    def __init__(self, write: Writer, name: str, cells: Array, dtype: np.dtype) -> None:
+        self.wide = any(cell.wide for cell in cells.reshape(-1))
         self.steps = tuple(int(np.prod(cells.shape[i + 1 :])) for i in range(3))
         places = [cell.place for cell in cells.reshape(-1)]
         steps = _affine(places, cells.shape)
@@ -536,16 +541,12 @@ class _Matrix:
             ref, offset = places[0]  # type: ignore[misc]
             self.base, self.steps = write.address(ref, [], offset), steps
         else:
-            self.base = write.spill(list(cells.reshape(-1)), dtype, self.wide)
+            base = write.workspace(name, cells.size, dtype, self.wide)
+            self.base = write.spill(list(cells.reshape(-1)), dtype, self.wide, base)
 
     @property
     def key(self) -> tuple[Any, ...]:
         return self.wide, self.steps
-
-
-def write_wide(cell: Cell) -> bool:
-    """Whether a cell will be wide."""
-    return cell.wide
 
 
 def _affine(places: Sequence[tuple[Ref, int] | None], shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -564,58 +565,64 @@ def _long_product(write: Writer, dtype: np.dtype, a: Array, b: Array, meet: bool
     """A product as a function with loops, shared by all products of its kind."""
     batch, rows, depth = a.shape
     columns = b.shape[2]
-    left, right = _Matrix(write, a, dtype), _Matrix(write, b, dtype)
+    left, right = _Matrix(write, "left", a, dtype), _Matrix(write, "right", b, dtype)
     wide = (left.wide or right.wide) and not meet
     key = ("product", dtype.name, a.shape, b.shape, left.key, right.key, meet)
 
     def element(base: str, matrix: _Matrix, index: Sequence[str]) -> Cell:
         return write.fetch(base, _offset(write, index, matrix.steps), dtype, matrix.wide)
 
-    def block(n: str, i: Sequence[str], j: str) -> None:
+    def block(n: str, i: Sequence[str], j: Sequence[str]) -> None:
         def step(carried: list[Cell]) -> list[Cell]:
             k = carried[0].text
-            factor = element("%right", right, (n, k, j))
-            totals = [
-                write.add(dtype, total, write.multiply(dtype, element("%left", left, (n, row, k)), factor))
-                for row, total in zip(i, carried[1:], strict=True)
-            ]
+            a = [element("%left", left, (n, row, k)) for row in i]
+            b = [element("%right", right, (n, k, column)) for column in j]
+            terms = [write.multiply(dtype, x, y) for x in a for y in b]
+            totals = [write.add(dtype, t, term) for t, term in zip(carried[1:], terms, strict=True)]
             return [write.result(f"add nsw i64 {k}, 1", False), *totals]
 
-        zeros = [(known(0, dtype), dtype, left.wide or right.wide) for _ in i]
+        zeros = [(known(0, dtype), dtype, left.wide or right.wide)] * (len(i) * len(j))
         _, *totals = write.loop(
             [(known(0, INT64), INT64, False), *zeros],
             lambda carried: write.result(f"icmp slt i64 {carried[0].text}, {depth}", False),
             step,
         )
-        for row, total in zip(i, totals, strict=True):
+        for (row, column), total in zip(itertools.product(i, j), totals, strict=True):
             done = _across(write, "sum", dtype, total) if meet else total
-            place = _offset(write, (n, row, j), (rows * columns, columns, 1))
+            place = _offset(write, (n, row, column), (rows * columns, columns, 1))
             write.store(write.element("%out", place, dtype, wide), done, dtype, wide)
 
     def body() -> None:
         def plane(n: str) -> None:
-            def column(j: str) -> None:
-                def some(q: str) -> None:
-                    first = write.result(f"mul nsw i64 {q}, {PRODUCT_ROWS}", False).text
-                    block(
-                        n,
-                        [write.result(f"add nsw i64 {first}, {r}", False).text for r in range(PRODUCT_ROWS)],
-                        j,
-                    )
+            _blocked(write, rows, PRODUCT_BLOCK, lambda i: along(n, i))
 
-                if rows >= PRODUCT_ROWS:
-                    write.count(rows // PRODUCT_ROWS, some)
-                if rows % PRODUCT_ROWS:
-                    block(n, [str(i) for i in range(rows - rows % PRODUCT_ROWS, rows)], j)
+        def along(n: str, i: Sequence[str]) -> None:
+            _blocked(write, columns, max(PRODUCT_BLOCK // len(i), 1), lambda j: block(n, i, j))
 
-            write.count(columns, column) if columns > 1 else column("0")
-
-        write.count(batch, plane) if batch > 1 else plane("0")
+        _blocked(write, batch, 1, lambda n: plane(n[0]))
 
     symbol = write.shared_function(key, "ptr noalias %left, ptr noalias %right, ptr noalias %out", body)
-    out = write.allocate(batch * rows * columns, dtype, wide)
+    out = write.workspace("product", batch * rows * columns, dtype, wide)
     write.line(f"call void @{symbol}(ptr {left.base}, ptr {right.base}, ptr {out})")
     return [write.fetch(out, str(i), dtype, wide) for i in range(batch * rows * columns)]
+
+
+def _blocked(write: Writer, count: int, most: int, body: Callable[[Sequence[str]], None]) -> None:
+    """`body` of all numbers below `count`, in runs of about equal length, at most `most`; the runs are a loop."""
+    runs = max(-(-count // most), 1)
+    size = -(-count // runs)
+    whole = count // size
+
+    def run(q: str) -> None:
+        first = write.result(f"mul nsw i64 {q}, {size}", False).text
+        body([first, *[write.result(f"add nsw i64 {first}, {i}", False).text for i in range(1, size)]])
+
+    if whole == 1:
+        body([str(i) for i in range(size)])
+    else:
+        write.count(whole, run)
+    if count > whole * size:
+        body([str(i) for i in range(whole * size, count)])
 
 
 def _offset(write: Writer, index: Sequence[str], steps: Sequence[int]) -> str:
