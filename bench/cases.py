@@ -62,12 +62,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table. `floor` is how many times faster than diffrax it is meant to be at least."""
+    """A line of the table. `floor` and `native_floor` are how many times faster than diffrax the portable and the native
+    runner are meant to be at least."""
 
     name: str
     problem: Problem
     gradient: bool
     floor: float
+    native_floor: float
     compile_only: bool = False
     quick: Problem | None = None  # the same at a size for a smoke test; None: not part of it
     checkpoints: tuple[int | None, ...] = CHECKPOINTS  # tried for diffrax's gradient
@@ -146,35 +148,44 @@ def cases() -> list[Case]:
         problem = Problem(lorenz, lambda n=n: lorenz_inputs(n), "float32")
         quick = replace(problem, inputs=lambda: lorenz_inputs(32), t1=1.0) if n == 1_024 else None
         rows.append(
-            Case(f"forward, Lorenz adaptive, {n:,} trajectories, float32", problem, False, 15, quick=quick)
+            Case(
+                f"forward, Lorenz adaptive, {n:,} trajectories, float32", problem, False, 15, 80, quick=quick
+            )
         )
     fixed = Problem(lorenz, lambda: lorenz_inputs(1_024), "float32", fixed_steps=1_000)
     quick = replace(fixed, inputs=lambda: lorenz_inputs(32), fixed_steps=50)
     rows.append(
-        Case("forward, Lorenz 1,000 fixed steps, 1,024 trajectories, float32", fixed, False, 20, quick=quick)
+        Case(
+            "forward, Lorenz 1,000 fixed steps, 1,024 trajectories, float32",
+            fixed,
+            False,
+            20,
+            20,
+            quick=quick,
+        )
     )
-    for dtype, floor in (("float64", 5), ("float32", 9)):
-        for n in (1_024, 8_192):
+    for dtype, floor, native in (("float64", 5, (50, 85)), ("float32", 9, (85, 130))):
+        for n, native_floor in zip((1_024, 8_192), native, strict=True):
             problem = Problem(lorenz, lambda n=n: lorenz_inputs(n), dtype, t1=1.0, atol=1e-9)
             small = dtype == "float32" and n == 1_024
             quick = replace(problem, inputs=lambda: lorenz_inputs(32), t1=0.2) if small else None
             name = f"gradient, Lorenz adaptive, {n:,} trajectories, {dtype}"
-            rows.append(Case(name, problem, True, floor, quick=quick))
+            rows.append(Case(name, problem, True, floor, native_floor, quick=quick))
     million = Problem(
         lorenz, one_lorenz, "float64", fixed_steps=1_000_000, fixed_step=SMALL_FIXED_STEP, alone=True
     )
     # diffrax's default only: fewer checkpoints over so many steps mean more recomputation, and a run takes half a minute.
     name = "gradient, Lorenz 1,000,000 fixed steps, one trajectory, float64"
     quick = replace(million, fixed_steps=1_000)
-    rows.append(Case(name, million, True, 8, quick=quick, checkpoints=(None,)))
-    for n in (12, 24):
+    rows.append(Case(name, million, True, 8, 30, quick=quick, checkpoints=(None,)))
+    for n, native in ((12, (9, 20)), (24, (5, 10))):
         for gradient, dtype, floor in ((False, "float32", 3), (True, "float64", 4)):
             problem = Problem(dense(n), lambda n=n: dense_inputs(n, 1_024), dtype, atol=1e-9)
             what = "gradient" if gradient else "forward"
             small = n == 12 and not gradient
             quick = replace(problem, inputs=lambda n=n: dense_inputs(n, 32), t1=1.0) if small else None
             name = f"{what}, {n} dense states adaptive, 1,024 trajectories, {dtype}"
-            rows.append(Case(name, problem, gradient, floor, quick=quick))
+            rows.append(Case(name, problem, gradient, floor, native[gradient], quick=quick))
     compiled = {
         "Lorenz": Problem(lorenz, lambda: lorenz_inputs(64), "float64", t1=1.0, atol=1e-9),
         "24 dense states": Problem(dense(24), lambda: dense_inputs(24, 64), "float64", t1=1.0, atol=1e-9),
@@ -185,14 +196,14 @@ def cases() -> list[Case]:
     for name, problem in compiled.items():
         quick = problem if name.startswith("perceptron") else None
         rows.append(
-            Case(f"compile, gradient, {name}, float64", problem, True, 2, True, quick, checkpoints=(None,))
+            Case(f"compile, gradient, {name}, float64", problem, True, 2, 2, True, quick, checkpoints=(None,))
         )
     alone = Problem(lorenz, one_lorenz, "float64", atol=1e-9, alone=True)
     for gradient in (False, True):
         what = "gradient" if gradient else "forward"
         quick = alone if gradient else None
         rows.append(
-            Case(f"{what}, Lorenz adaptive, one trajectory, float64", alone, gradient, 1, quick=quick)
+            Case(f"{what}, Lorenz adaptive, one trajectory, float64", alone, gradient, 1, 1, quick=quick)
         )
     return rows
 

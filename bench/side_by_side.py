@@ -1,6 +1,7 @@
 """pykernels against diffrax in one run: prints the README's table.
 
     python bench/side_by_side.py                  all cases, about eight minutes on two cores
+    python bench/side_by_side.py --runner xla     the portable runner instead of the platform's default
     python bench/side_by_side.py --only gradient  the cases whose name contains "gradient"
     python bench/side_by_side.py --quick          a smoke test at tiny sizes, no figures worth keeping
 
@@ -25,6 +26,9 @@ import jax
 import numpy as np
 from cases import Case, Problem, Program, diffrax_program, disagreement, lorenz, pykernels_program, selected
 
+import pykernels as pk
+from pykernels.kernels import cpu
+
 # Short runs are repeated within one sample until it takes this long, long ones are not repeated beyond the first.
 SAMPLE_SECONDS = 0.02
 LONG_SECONDS = 10.0
@@ -41,17 +45,23 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repeat")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each library (default 5)")
+    parser.add_argument(
+        "--runner", choices=["native", "xla"], help="pykernels' runner (default: the platform's)"
+    )
     options = parser.parse_args()
+    config = pk.Config(runner=options.runner)
+    # Compile times are those of a first run.
+    cpu.compiler.cache = cpu.DiskCache(None)
     chosen = selected(options.only, options.quick)
     if not chosen:
         parser.error(f"no case's name contains {options.only!r}")
     jax.config.update("jax_enable_compilation_cache", False)
-    print(_setting(), HEADER, sep="\n\n", flush=True)
+    print(_setting(config), HEADER, sep="\n\n", flush=True)
     _warm_up()
     failed = 0
     for case in chosen:
         try:
-            print(_line(case, 1 if options.quick else options.repeats), flush=True)
+            print(_line(case, config, 1 if options.quick else options.repeats), flush=True)
         except Disagreement as error:
             print(f"{case.name}: {error}", file=sys.stderr, flush=True)
             failed += 1
@@ -64,15 +74,19 @@ class Disagreement(Exception):
     """The two libraries' answers differ, so that their times must not be compared."""
 
 
-def _line(case: Case, repeats: int) -> str:
-    ours = pykernels_program(case.problem, case.gradient)
+def _line(case: Case, config: pk.Config, repeats: int) -> str:
+    ours = pykernels_program(case.problem, case.gradient, config)
     first_seconds, result = _timed(ours.run)
+    again = _timed(ours.run)[0] if first_seconds < LONG_SECONDS else first_seconds
+    # Native code is compiled beside XLA's, and waited for by the first run.
+    waited = max(first_seconds - again, 0.0)
+    first_seconds = again
     theirs, label, their_seconds, their_result = _best_diffrax(case)
     reason = disagreement(case, result, their_result)
     if reason is not None:
         raise Disagreement(reason)
     if case.compile_only:
-        return _compile_line(case, (ours, theirs), repeats)
+        return _compile_line(case, config, (ours, theirs), repeats)
     samples: tuple[list[float], list[float]] = ([], [])
     firsts = (first_seconds, their_seconds)
     for _ in range(repeats):
@@ -83,7 +97,8 @@ def _line(case: Case, repeats: int) -> str:
                 mine.append(_sample(program.run, seconds))
     here, there = statistics.median(samples[0]), statistics.median(samples[1])
     return _row(
-        case.name, _time(here), _time(there) + label, there / here, case.floor, _time(ours.compile_seconds),
+        case.name, _time(here), _time(there) + label, there / here, _floor(case, config),
+        _time(ours.compile_seconds + waited),
         _time(theirs.compile_seconds), _bytes(ours.temporary_bytes), _bytes(theirs.temporary_bytes),
     )  # fmt: skip
 
@@ -104,15 +119,21 @@ def _best_diffrax(case: Case) -> tuple[Program, str, float, Any]:
     return best
 
 
-def _compile_line(case: Case, programs: tuple[Program, Program], repeats: int) -> str:
-    """Compile times alone: of these programs and of new ones."""
-    samples = tuple([program.compile_seconds] for program in programs)
-    for _ in range(min(repeats, 3) - 1):
-        samples[0].append(pykernels_program(case.problem, case.gradient).compile_seconds)
-        samples[1].append(diffrax_program(case.problem, case.gradient).compile_seconds)
+def _compile_line(case: Case, config: pk.Config, programs: tuple[Program, Program], repeats: int) -> str:
+    """Compile times alone, with the first run: of new programs, these sizes being small."""
+    samples: tuple[list[float], list[float]] = ([], [])
+    for _ in range(min(repeats, 3)):
+        made = pykernels_program(case.problem, case.gradient, config)
+        samples[0].append(made.compile_seconds + _timed(made.run)[0])
+        made = diffrax_program(case.problem, case.gradient)
+        samples[1].append(made.compile_seconds + _timed(made.run)[0])
     here, there = statistics.median(samples[0]), statistics.median(samples[1])
     sizes = [_bytes(program.temporary_bytes) for program in programs]
-    return _row(case.name, "", "", there / here, case.floor, _time(here), _time(there), *sizes)
+    return _row(case.name, "", "", there / here, _floor(case, config), _time(here), _time(there), *sizes)
+
+
+def _floor(case: Case, config: pk.Config) -> float:
+    return case.floor if config.runner == "xla" or cpu.unavailable() is not None else case.native_floor
 
 
 def _row(name: str, here: str, there: str, ratio: float, floor: float, *cells: str) -> str:
@@ -142,13 +163,14 @@ def _warm_up() -> None:
         diffrax_program(problem, gradient).run()
 
 
-def _setting() -> str:
+def _setting(config: pk.Config) -> str:
     names = ("pykernels", "diffrax", "jax", "jaxlib", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
         f"{versions}, Python {platform.python_version()}; {_cpu()}, {os.cpu_count()} cores, "
-        f"load {load:.1f} at the start; device {jax.devices()[0].platform}"
+        f"load {load:.1f} at the start; device {jax.devices()[0].platform}, "
+        f"runner {config.runner or ('native' if cpu.unavailable() is None else 'xla')}"
     )
 
 

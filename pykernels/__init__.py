@@ -1,6 +1,7 @@
 """Fused solvers for ordinary differential equations in JAX, forward and backward."""
 
 from pykernels.adjoint import BoundedTree, ForwardOnly, Milestones
+from pykernels.kernels.cpu import register as register_native
 from pykernels.solve import (
     Config,
     Explanation,
@@ -50,6 +51,7 @@ __all__ = [
     "heun",
     "midpoint",
     "ralston",
+    "register_native",
     "rk4",
     "solve",
     "solve_ensemble",

@@ -140,8 +140,8 @@ def cpu_obstacle(kernel: Kernel, lanes: int) -> str | None:
 def _define(
     name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]
 ) -> jex.Primitive:
-    """A primitive with several results. `implementation` says what it means with the kernels run by `run`: natively on a CPU,
-    portably everywhere else."""
+    """A primitive with several results. `implementation` says what it means with the kernels run by `run`: natively on a
+    CPU, portably everywhere else."""
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
     portable = functools.partial(implementation, run=_run_portable)
@@ -384,8 +384,8 @@ batching.primitive_batchers[solve_p] = _solve_batch
 batching.primitive_batchers[pull_back_p] = _pull_back_batch
 batching.primitive_batchers[solve_tangents_p] = _solve_tangents_batch
 
-# Under jit everything is a tracer, so a recorded solve cannot tell what will be differentiated: t0 and closed-over arrays look
-# like everything else. What turns out unused is left out here, when JAX removes dead code, before kernels are made.
+# Under jit everything is a tracer, so a recorded solve cannot tell what will be differentiated: t0 and closed-over arrays
+# look like everything else. What turns out unused is left out here, when JAX removes dead code, before kernels are made.
 
 
 def _solve_without_unused(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:

@@ -13,7 +13,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from test_lanes import CASES, INSTRUCTIONS, QUICK, Case, Setup, as_function, close, cut, is_float, oracle, setup
+from test_lanes import (
+    CASES,
+    INSTRUCTIONS,
+    QUICK,
+    Case,
+    Setup,
+    as_function,
+    close,
+    cut,
+    is_float,
+    oracle,
+    setup,
+)
 
 from pykernels import lanes
 from pykernels.kernels import cpu, llvm, native
@@ -35,8 +47,8 @@ def run(
     body: Any, operands: list[tuple[np.ndarray, bool]], results: list[tuple[tuple[int, ...], Any, bool]], width: int,
     lanes_: int = LANES, **options: Any,
 ) -> list[np.ndarray]:  # fmt: skip
-    """A body over an ensemble, natively. Operands: (array, has lanes); results: (shape without lanes, dtype, has lanes), sums
-    over blocks where there are none."""
+    """A body over an ensemble, natively. Operands: (array, has lanes); results: (shape without lanes, dtype, has lanes),
+    sums over blocks where there are none."""
     arguments = [Argument(x.shape[:-1] if has else x.shape, x.dtype, has, True) for x, has in operands]
     arguments += [Argument(shape, np.dtype(dtype), has) for shape, dtype, has in results]
     engine = kernel_of(body, arguments, width, **options)
@@ -57,7 +69,9 @@ def run(
     return arrays[len(operands) :]
 
 
-def values_and_gradients(s: Setup, function: Any, cotangents: list[Any], inputs: Any) -> tuple[list[Any], list[Any]]:
+def values_and_gradients(
+    s: Setup, function: Any, cotangents: list[Any], inputs: Any
+) -> tuple[list[Any], list[Any]]:
     floats = [i for i, x in enumerate(inputs) if is_float(x)]
 
     def of_floats(*chosen: Any) -> tuple[list[Any], list[Any]]:
@@ -75,7 +89,9 @@ def check(s: Setup, widths: tuple[int, ...]) -> None:
     """A lifted field's values and its cotangents of every input equal those of `jax.vmap`."""
     expected = jax.eval_shape(oracle(s), *s.inputs)
     rng = np.random.default_rng(7)
-    cotangents = [rng.normal(size=o.shape).astype(o.dtype) for o in expected if jnp.issubdtype(o.dtype, jnp.floating)]
+    cotangents = [
+        rng.normal(size=o.shape).astype(o.dtype) for o in expected if jnp.issubdtype(o.dtype, jnp.floating)
+    ]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def wanted(inputs: Any, cotangents: Any) -> Any:
@@ -106,7 +122,7 @@ def check(s: Setup, widths: tuple[int, ...]) -> None:
 def test_fields_and_derivatives_equal_vmap(name: str) -> None:
     s = setup(CASES[name], np.float64, LANES)
     if name == "sort":
-        with pytest.raises(Unsupported, match="^sort$"):
+        with pytest.raises(Unsupported, match=r"^sort$"):
             check(s, (8,))
     else:
         check(s, (8, 2) if len(name) % 3 else (8, 1))
@@ -120,9 +136,7 @@ def test_single_precision(name: str) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(sorted(set(INSTRUCTIONS) - {"sort"})), *[st.integers(0, 7)] * 3
-        ),
+        st.tuples(st.sampled_from(sorted(set(INSTRUCTIONS) - {"sort"})), *[st.integers(0, 7)] * 3),
         min_size=1,
         max_size=7,
     ),
@@ -152,8 +166,8 @@ def scalar_operations(x: Any, y: Any, i: Any, j: Any) -> list[Any]:
     numbers = [
         x + y, x - y, x * y, x / y, -x, abs(x), jnp.maximum(x, y), jnp.minimum(x, y), jnp.sign(x), lax.clamp(-y, x, y),
         lax.rem(x, y), lax.sqrt(x), lax.rsqrt(x), lax.floor(x), lax.ceil(x), lax.round(x),
-        lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN), lax.integer_pow(x, 3), lax.integer_pow(x, -2), x * y + x, x - y * x,
-        lax.integer_pow(x, 0), jnp.where(a, x, y), lax.select_n(jnp.clip(i, 0, 2), x, y, x + y), lax.square(x),
+        lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN), lax.integer_pow(x, 3), lax.integer_pow(x, -2), x * y + x,
+        x - y * x, lax.integer_pow(x, 0), jnp.where(a, x, y), lax.select_n(jnp.clip(i, 0, 2), x, y, x + y), lax.square(x),
     ]  # fmt: skip
     integers = [
         i + j, i - j, i * j, lax.div(i, j), lax.rem(i, j), -i, abs(i), jnp.maximum(i, j), jnp.minimum(i, j), jnp.sign(i),
@@ -164,7 +178,14 @@ def scalar_operations(x: Any, y: Any, i: Any, j: Any) -> list[Any]:
         x == y, x != y, x < y, x <= y, x > y, x >= y, i == j, i != j, i < j, i <= j, i > j, i >= j, a & b, a | b, a ^ b, ~a,
         lax.is_finite(x), x.astype(bool), i.astype(bool), a == b, a < b, jnp.maximum(a, b),
     ]  # fmt: skip
-    others = [i.astype(x.dtype), a.astype(x.dtype), x.astype(np.float32), x.astype(np.float64), i.astype(np.int64), i.astype(np.int32)]
+    others = [
+        i.astype(x.dtype),
+        a.astype(x.dtype),
+        x.astype(np.float32),
+        x.astype(np.float64),
+        i.astype(np.int64),
+        i.astype(np.int32),
+    ]
     return [*numbers, *integers, *masks, *others]
 
 
@@ -246,7 +267,14 @@ def test_other_processors(cpu_name: str, features: str, letter: str) -> None:
     expected = np.exp(x) * np.sin(x) + np.where(x > 0, np.sqrt(abs(x)), x / 3)
     for width in (2, 4, 8):
         (got,) = run(
-            body, [(x, True)], [((), float, True)], width, fma=False, cpu=cpu_name, features=features, mathematics=letter
+            body,
+            [(x, True)],
+            [((), float, True)],
+            width,
+            fma=False,
+            cpu=cpu_name,
+            features=features,
+            mathematics=letter,
         )
         np.testing.assert_allclose(got, expected, rtol=1e-14)
 
@@ -255,7 +283,7 @@ def test_unsupported_names_what_is_missing() -> None:
     def body(x: Any, out: Any) -> None:
         out[...] = lax.lgamma(x[...])
 
-    with pytest.raises(Unsupported, match="^lgamma$"):
+    with pytest.raises(Unsupported, match=r"^lgamma$"):
         kernel_of(body, [Argument((), np.dtype(float), True, True), Argument((), np.dtype(float), True)], 8)
 
     def half(x: Any, out: Any) -> None:

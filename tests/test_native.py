@@ -94,7 +94,16 @@ def test_methods_equal_the_portable_runner(method: Any, save: bool) -> None:
 
         def run(y0s: Any, p: Any, config: Any = config) -> Any:
             sol = pk.solve_ensemble(
-                lorenz, y0s, 0.0, 1.0, p, in_axes=(0, 0), method=method, step=step, save_at=dates, config=config
+                lorenz,
+                y0s,
+                0.0,
+                1.0,
+                p,
+                in_axes=(0, 0),
+                method=method,
+                step=step,
+                save_at=dates,
+                config=config,
             )
             return jnp.sum(sol.ys**2), sol
 
@@ -131,7 +140,9 @@ def kernels(lanes: int, shared: bool = False) -> tuple[list[Kernel], list[Any]]:
             return super().integrate(solve, inputs)
 
     args, axis = (p[0], None) if shared else (p, 0)
-    pk.solve_ensemble(lorenz, y0s, 0.0, 1.0, args, in_axes=(0, axis), step=pk.Adaptive(1e-6, 1e-9), adjoint=Spy())
+    pk.solve_ensemble(
+        lorenz, y0s, 0.0, 1.0, args, in_axes=(0, axis), step=pk.Adaptive(1e-6, 1e-9), adjoint=Spy()
+    )
     ((solve, inputs),) = seen
     wrt = tuple(i >= solve.first_y for i in range(len(inputs)))
     record = pk.Milestones().record(solve)
@@ -250,7 +261,9 @@ def test_the_lowered_program_holds_the_kernel_and_no_address() -> None:
         jax.clear_caches()
         texts.append(jax.jit(jax.grad(loss)).lower(y0s, p).as_text())
     assert texts[0].count(f"@{native.TARGET}") == 2
-    assert texts[0] == texts[1], "the program's text is the same every time: JAX's persistent cache can find it"
+    assert texts[0] == texts[1], (
+        "the program's text is the same every time: JAX's persistent cache can find it"
+    )
 
 
 def test_nothing_unused_is_computed() -> None:
@@ -315,6 +328,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     assert cpu.DiskCache(None).read("name") is None
 
 
+def test_the_cache_stays_small(tmp_path: Path) -> None:
+    """What was not used for longest goes first."""
+    old = cpu.DiskCache(tmp_path)
+    for i, name in enumerate("abcd"):
+        old.write(name, bytes(1000))
+        os.utime(tmp_path / name, (i, i))
+    assert old.read("a") is not None  # now the latest used
+    cpu.DiskCache(tmp_path, most_bytes=3500).write("e", bytes(1000))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d", "e"]
+
+
 def test_names_of_kernels() -> None:
     """Equal in content, equal in name; what has no name of its own has none."""
 
@@ -337,7 +361,11 @@ def test_names_of_kernels() -> None:
     # Floats of the field are operands, not part of the kernel; another method is another kernel.
     assert identity.digest(kernel(2.0, pk.dopri5)) not in (name, None)
     assert identity.digest(("a", 1.0)) != identity.digest(("a", 1)) != identity.digest(("a", True))
-    assert identity.digest(np.zeros(3)) != identity.digest(np.zeros((3, 1))) != identity.digest(np.zeros(3, np.float32))
+    assert (
+        identity.digest(np.zeros(3))
+        != identity.digest(np.zeros((3, 1)))
+        != identity.digest(np.zeros(3, np.float32))
+    )
     assert identity.digest(lambda: None) is None
 
     @jax.custom_jvp
@@ -358,7 +386,9 @@ def test_kernels_are_freed() -> None:
         def field(t: Any, y: Any, args: Any) -> Any:
             return -(y**2) - y ** (2 + i % 5) * (jnp.arange(1) + i).astype(y.dtype)
 
-        return jax.jit(lambda y: pk.solve(field, y, 0.0, 1.0, step=pk.Fixed(2), method=pk.euler, throw=False).ys)
+        return jax.jit(
+            lambda y: pk.solve(field, y, 0.0, 1.0, step=pk.Fixed(2), method=pk.euler, throw=False).ys
+        )
 
     library.set_capacity(4)
     try:
@@ -434,7 +464,9 @@ def loss(y, p):
 
 def test_persistent_compilation_cache(tmp_path: Path) -> None:
     """A program from JAX's cache on disk, executed by a process that has compiled nothing."""
-    code = SOLVE + """
+    code = (
+        SOLVE
+        + """
 jax.config.update("jax_compilation_cache_dir", {cache!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -443,11 +475,14 @@ jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 value = jax.jit(jax.grad(loss))(jnp.ones(2), 0.5)
 print(float(value[0]), sum("cache_hits" in name for name in hits), cpu.compiler.compiled)
 """.format(cache=str(tmp_path / "jax"))
+    )
     first = python(code, tmp_path / "one").split()
     second = python(code, tmp_path / "two").split()
     np.testing.assert_allclose(float(first[0]), np.exp(-0.5), rtol=1e-5)
     assert first[0] == second[0] and int(first[2]) == 2
-    assert int(second[1]) >= 1 and int(second[2]) == 2, "the program was found, its kernels were compiled from it"
+    assert int(second[1]) >= 1 and int(second[2]) == 2, (
+        "the program was found, its kernels were compiled from it"
+    )
 
 
 def test_export(tmp_path: Path) -> None:
@@ -461,13 +496,13 @@ def test_export(tmp_path: Path) -> None:
     path.write_bytes(exported.serialize())
     text = python(
         f"""
-pk.register()
+pk.register_native()
 program = jax.export.deserialize(bytearray(Path({str(path)!r}).read_bytes()))
 y0s = jnp.asarray(np.tile([1.0, 0.5, 0.2], (3, 1)))
 p = jnp.asarray(np.stack([np.full(3, 10.0), np.linspace(0.0, 28.0, 3), np.full(3, 8 / 3)], axis=-1))
 print(np.asarray(program.call(y0s, p)).tobytes().hex(), cpu.compiler.compiled)
 """,
-        tmp_path / "objects",
+        tmp_path / "elsewhere",
     )
     numbers, compiled = text.split()
     assert numbers == np.asarray(function(y0s, p)).tobytes().hex() and compiled == "1"
@@ -571,7 +606,9 @@ def test_transformations() -> None:
 
     again = pk.solve_ensemble(lorenz, plain, 0.0, 1.0, p, in_axes=(0, 0), config=NATIVE).ys
     np.testing.assert_array_equal(jax.jit(twice)(y0s), again)
-    gradients = [jax.jit(jax.grad(lambda y, f=f: jnp.sum(f(y) ** 2)))(y0s) for f in (twice, jax.checkpoint(twice))]
+    gradients = [
+        jax.jit(jax.grad(lambda y, f=f: jnp.sum(f(y) ** 2)))(y0s) for f in (twice, jax.checkpoint(twice))
+    ]
     np.testing.assert_allclose(*gradients, rtol=1e-12)
     donated = jax.jit(jax.vmap(one), donate_argnums=0)(y0s + 0, p)
     np.testing.assert_array_equal(donated, plain)

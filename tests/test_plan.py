@@ -295,7 +295,7 @@ def test_explanations():
         > why.milestone_bytes_per_trajectory
     )
     assert explained(pk.ForwardOnly()).milestone_bytes_per_trajectory == 0
-    assert explained(pk.Milestones(), config=pk.Config(block=3)).block <= 3
+    assert explained(pk.Milestones(), config=pk.Config(block=3, runner="xla")).block <= 3
     single = pk.explain(case.field, case.y0s[0], 0.0, 1.0, case.args)
     assert (single.lanes, single.block) == (1, 1)
 

@@ -67,7 +67,9 @@ def everywhere(dtype, count):
     step = np.iinfo(bits).max // count
     patterns = (np.arange(count, dtype=bits) * bits.type(step) + bits.type(step // 3)).view(dtype)
     special = np.array(SPECIAL, dtype)
-    near = np.concatenate([np.nextafter(special, dtype(np.inf)), np.nextafter(special, dtype(-np.inf)), special])
+    near = np.concatenate(
+        [np.nextafter(special, dtype(np.inf)), np.nextafter(special, dtype(-np.inf)), special]
+    )
     tiny = np.array([5e-324, 1e-310, 2.2e-308, 1e-45, 1e-40, 1.1e-38], dtype)
     usual = np.random.default_rng(0).uniform(-20, 20, count // 4).astype(dtype)
     return np.concatenate([patterns, near, tiny, -tiny, usual])
@@ -86,7 +88,9 @@ def assert_accurate(got, exact, dtype, what):
         assert worst <= ULPS, f"{what}: {worst} ulp"
         # Where one is infinite and the other not, the finite one is next to it.
         odd = ~np.isnan(rounded) & ~finite & (got != rounded)
-        near = np.where(np.isfinite(got), np.abs(got.astype(exact.dtype)), np.abs(exact)) >= info.max * (1 - 4 * info.eps)
+        near = np.where(np.isfinite(got), np.abs(got.astype(exact.dtype)), np.abs(exact)) >= info.max * (
+            1 - 4 * info.eps
+        )
         assert np.all(near[odd]), what
 
 

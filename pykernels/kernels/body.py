@@ -642,10 +642,10 @@ class _Pullback:
         """Replay a segment, and once more with scaled steps if a lane missed the end by over a quarter of a step."""
         attempts = (stop - start).astype(state.t.dtype)
 
-        def wanted(carry: tuple[Array, ...]) -> Array:
+        def wanted(carry: tuple[Array, Array, Array]) -> Array:
             return carry[0] < 2
 
-        def replay(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        def replay(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             turn, scale, _ = carry
             end = self._replay(state, start, stop, self._note, (turn > 0, scale))
             gap = self._gap(end, start, target)

@@ -8,6 +8,7 @@ child, compiles it at the first call, or finds the object code in the cache on d
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -35,8 +36,8 @@ from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
 _FORMAT = 1
-# Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a few
-# state elements the values of an attempt no longer fit into the registers there are. Measured with `bench/lifts.py`.
+# Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a
+# few state elements the values of an attempt no longer fit into the registers there are.
 SMALL_ELEMENTS, SMALL_REGISTERS = 4, 2
 MOST_LANES = 64
 
@@ -133,21 +134,35 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     kernel, size = _native(kernel), width(kernel.solve, lanes)
     source = _source(kernel, size)
     assert isinstance(source, Source)
+    register()
+    compiler.prepare(source)
+    types = [jax.ShapeDtypeStruct((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in results]
+    call = jax.ffi.ffi_call(native.TARGET, types)
+    return list(
+        call(
+            *operands,
+            key=source.key,
+            ir=source.payload,
+            width=np.int64(size),
+            lanes=np.int64(lanes),
+            layout=np.array(_layout(kernel), np.int64).reshape(-1),
+        )
+    )
+
+
+def register() -> None:
+    """Make native kernels known to XLA in this process.
+
+    Solves do it themselves. It is needed only where a program that another process made with `jax.export` is run before
+    anything else of this package. Raises RuntimeError where there is no native runner.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"no native kernels: {reason}")
     library = native.load()
     assert library is not None
     library.register()
     compiler.start(library)
-    compiler.prepare(source)
-    types = [jax.ShapeDtypeStruct((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in results]
-    call = jax.ffi.ffi_call(native.TARGET, types)
-    return call(
-        *operands,
-        key=source.key,
-        ir=source.payload,
-        width=np.int64(size),
-        lanes=np.int64(lanes),
-        layout=np.array(_layout(kernel), np.int64).reshape(-1),
-    )
 
 
 def _native(kernel: Kernel) -> Kernel:
@@ -334,10 +349,14 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
 
 
 class DiskCache:
-    """Object code on disk, named by content, processor and versions. A damaged or foreign entry is not used."""
+    """Code on disk, named by content, processor and versions. A damaged or foreign entry is not used.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    A process that writes keeps the folder under `most_bytes`: what was not read for longest goes.
+    """
+
+    def __init__(self, folder: Path | None, most_bytes: int = 1 << 29) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        self._written = 0
 
     def read(self, name: str) -> bytes | None:
         """The entry of that name, None if there is none that is whole."""
@@ -348,7 +367,11 @@ class DiskCache:
         except OSError:
             return None
         stamp, code = content[:_STAMP], content[_STAMP:]
-        return code if stamp == _stamp(name, code) else None
+        if stamp != _stamp(name, code):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / name)
+        return code
 
     def write(self, name: str, code: bytes) -> None:
         """Store an entry; a reader sees all of it or nothing. What cannot be stored is compiled again another time."""
@@ -360,8 +383,23 @@ class DiskCache:
             with os.fdopen(handle, "wb") as file:
                 file.write(_stamp(name, code) + code)
             os.replace(temporary, self.folder / name)
+            # Looking at all entries is not worth it for every one.
+            if self._written % 64 == 0:
+                self._prune()
+            self._written += 1
         except OSError:
             return
+
+    def _prune(self) -> None:
+        assert self.folder is not None
+        entries = sorted(
+            ((p.stat(), p) for p in self.folder.iterdir()), key=lambda e: e[0].st_mtime, reverse=True
+        )
+        total = 0
+        for status, path in entries:
+            total += status.st_size
+            if total > self.most_bytes:
+                path.unlink(missing_ok=True)
 
 
 _STAMP = 32

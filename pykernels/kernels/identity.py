@@ -1,8 +1,8 @@
 """The same name for the same kernel in every process: a hash of everything it is made from.
 
-Python's own hashes of jaxprs are by identity. Here a jaxpr is its equations with variables numbered in order; whatever is not
-plain data (the functions of a `jax.custom_jvp` rule, say) has no name that means the same elsewhere, and neither has then the
-kernel.
+Python's own hashes of jaxprs are by identity. Here a jaxpr is its equations with variables numbered in order; whatever is
+not plain data (the functions of a `jax.custom_jvp` rule, say) has no name that means the same elsewhere, and neither has
+then the kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
-
 
 _CALLEES = {
     "jit": "jaxpr",
@@ -99,7 +98,11 @@ def _feed_jaxpr(jaxpr: Jaxpr, put: Any, put_all: Any) -> None:
 
     def aval(atom: Any) -> tuple[Any, ...]:
         kind = atom.aval
-        return getattr(kind, "shape", None), str(getattr(kind, "dtype", kind)), getattr(kind, "weak_type", False)
+        return (
+            getattr(kind, "shape", None),
+            str(getattr(kind, "dtype", kind)),
+            getattr(kind, "weak_type", False),
+        )
 
     def bind(variables: Any) -> None:
         for variable in variables:

@@ -1,12 +1,12 @@
 """Writing LLVM IR: cells, arithmetic on them, memory and loops. Nothing here knows of jaxprs.
 
-A *cell* is one LLVM value, *wide* (one element per lane of the block: a vector, or a scalar where the target's width is 1) or
-*narrow* (one for all lanes), or what becomes one where it is used: a known number, a pending product, an entry of a shared
-array in memory.
+A *cell* is one LLVM value, *wide* (one element per lane of the block: a vector, or a scalar where the target's width is 1)
+or *narrow* (one for all lanes), or what becomes one where it is used: a known number, a pending product, an entry of a
+shared array in memory.
 
-Where a pending product is added to something, a fused multiply-add is written, explicitly: which products are fused is decided
-by the program alone, never by LLVM's view of the surrounding code, so two kernels that contain the same step round it alike.
-No fast-math flag is used: NaN, infinity and signed zeros behave.
+Where a pending product is added to something, a fused multiply-add is written, explicitly: which products are fused is
+decided by the program alone, never by LLVM's view of the surrounding code, so two kernels that contain the same step round
+it alike. No fast-math flag is used: NaN, infinity and signed zeros behave.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+# Beyond, a kernel would take longer to compile than most runs of it: see `Writer.result`.
+MOST_INSTRUCTIONS = 40_000
 BOOL, INT64 = np.dtype(bool), np.dtype(np.int64)
 _TYPES = {
     "float64": "double", "float32": "float", "int64": "i64", "int32": "i32", "uint64": "i64", "uint32": "i32", "bool": "i1",
@@ -140,7 +142,9 @@ def _saturated(number: Any, after: np.dtype) -> int:
     bounds = np.iinfo(after)
     if np.isnan(number):
         return 0
-    return int(bounds.max) if number >= bounds.max else int(bounds.min) if number <= bounds.min else int(number)
+    return (
+        int(bounds.max) if number >= bounds.max else int(bounds.min) if number <= bounds.min else int(number)
+    )
 
 
 class Writer:
@@ -197,7 +201,13 @@ class Writer:
             symbol = f"shared{len(self._shared)}"
             self._shared[key] = symbol
             outside = self._lines, self._allocations, self._block, self._splats, self._workspaces
-            self._lines, self._allocations, self._block, self._splats, self._workspaces = [], [], "entry", {}, {}
+            self._lines, self._allocations, self._block, self._splats, self._workspaces = (
+                [],
+                [],
+                "entry",
+                {},
+                {},
+            )
             write()
             body = [*self._allocations, *self._lines]
             self._definitions += [f"define internal void @{symbol}({formals}) noinline {{", "entry:"]
@@ -220,7 +230,10 @@ class Writer:
 
     def result(self, expression: str, wide: bool) -> Cell:
         """One instruction with a result."""
-        name = f"%v{next(self._numbers)}"
+        number = next(self._numbers)
+        if number > MOST_INSTRUCTIONS:
+            raise Unsupported(f"a kernel of more than {MOST_INSTRUCTIONS} instructions")
+        name = f"%v{number}"
         self._lines.append(f"  {name} = {expression}")
         return Cell(name, wide)
 
@@ -352,12 +365,10 @@ class Writer:
         if before == after:
             return cell
         if cell.known is not None:
+            if is_float(before) and after.kind in "iu":
+                return known(_saturated(cell.known, after), after)
             with np.errstate(all="ignore"):
-                return (
-                    known(cell.known, after)
-                    if not (is_float(before) and after.kind == "i")
-                    else self._saturated(cell.known, after)
-                )
+                return Cell(known=np.asarray(cell.known).astype(after)[()])
         cell = self.value(cell, before)
         source, result = self.typed(cell, before, cell.wide), self.type(after, cell.wide)
         if after == BOOL:
@@ -371,8 +382,9 @@ class Writer:
         elif is_float(after):
             operation = "sitofp" if before.kind == "i" else "uitofp"
         elif is_float(before):
-            width = f"v{self.target.width}" if cell.wide and self.target.width > 1 else ""
-            symbol = f"llvm.fpto{'s' if after.kind == 'i' else 'u'}i.sat.{width}{_SUFFIXES[after.name]}.{width}{_SUFFIXES[before.name]}"
+            lanes = f"v{self.target.width}" if cell.wide and self.target.width > 1 else ""
+            suffix = f"{lanes}{_SUFFIXES[after.name]}.{lanes}{_SUFFIXES[before.name]}"
+            symbol = f"llvm.fpto{'s' if after.kind == 'i' else 'u'}i.sat.{suffix}"
             kind = self.type(before, cell.wide)
             return self.call(symbol, result, [(kind, self.text(cell, before, cell.wide))], cell.wide)
         elif after.itemsize == before.itemsize:

@@ -62,7 +62,17 @@ _CALLS = {
 }
 # The last ones speak of meshes, of which a kernel knows nothing.
 _IDENTITIES = frozenset(
-    {"copy", "copy_p", "name", "stop_gradient", "optimization_barrier", "reshard", "sharding_constraint", "pvary", "pcast"}
+    {
+        "copy",
+        "copy_p",
+        "name",
+        "stop_gradient",
+        "optimization_barrier",
+        "reshard",
+        "sharding_constraint",
+        "pvary",
+        "pcast",
+    }
 )
 _ADDITIONS = frozenset({"add", "sub", "add_any", "reduce_sum"})
 
@@ -538,7 +548,7 @@ class _Matrix:
         places = [cell.place for cell in cells.reshape(-1)]
         steps = _affine(places, cells.shape)
         if steps is not None:
-            ref, offset = places[0]  # type: ignore[misc]
+            ref, offset = places[0]
             self.base, self.steps = write.address(ref, [], offset), steps
         else:
             base = write.workspace(name, cells.size, dtype, self.wide)
@@ -812,7 +822,8 @@ def _gather(e: Emitter, eqn: JaxprEqn, value: Array, indices: Array) -> Array:
 def _start(e: Emitter, eqn: JaxprEqn, operand: int, indices: Array, batch: Sequence[int]) -> dict[int, Cell]:
     """Axis of the operand -> start of the window, as 64-bit integers, for one batch index (0 along the lanes)."""
     numbers, atom = eqn.params["dimension_numbers"], eqn.invars[operand]
-    axes = getattr(numbers, "start_index_map", None) or getattr(numbers, "scatter_dims_to_operand_dims", ())
+    reads = eqn.primitive.name == "gather"
+    axes: tuple[int, ...] = numbers.start_index_map if reads else numbers.scatter_dims_to_operand_dims
     shape = _aval(atom).shape
     inner = tuple(i for i, n in zip(batch, shape, strict=False) if n != LANES)
     return {axis: e.write.convert(indices[*inner, k], _dtype(atom), INT64) for k, axis in enumerate(axes)}
@@ -1032,7 +1043,9 @@ def _div(write: Writer, eqn: JaxprEqn, a: Cell, b: Cell) -> Cell:
         return write.binary("fdiv", dtype, a, b)
     if dtype.kind == "u":
         zero, safe = _safe_unsigned(write, dtype, b)
-        return write.select(zero, known(np.iinfo(dtype).max, dtype), write.binary("udiv", dtype, a, safe), dtype)
+        return write.select(
+            zero, known(np.iinfo(dtype).max, dtype), write.binary("udiv", dtype, a, safe), dtype
+        )
     if b.known is not None and b.known not in (0, -1):
         return write.binary("sdiv", dtype, a, b)
     # XLA: x / 0 is -1, and the smallest number divided by -1 is itself.

@@ -38,8 +38,8 @@ class Solve:
 
     `lane[i]` tells whether input i has a lane axis. Inputs, in order: t0, t1, dt0 if `has_dt0`, the save times if `saves`,
     the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`) or "small": components or
-    arrays as the runner chooses. `block` is the wanted number of lanes per block, 0: the runner chooses. `runner` is the runner
-    asked for, None: the platform's.
+    arrays as the runner chooses. `block` is the wanted number of lanes per block, 0: the runner chooses. `runner` is the
+    runner asked for, None: the platform's.
     """
 
     field: Field

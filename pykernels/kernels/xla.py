@@ -60,8 +60,8 @@ def block_size(lanes: int, block: int) -> int:
 def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
     """Run a kernel over all blocks of an ensemble of `lanes` lanes; operands end with the lane axis where they have one.
 
-    Returns the results, with a last axis of `lanes`; those without lanes are the sum of the blocks' partial results, added in
-    the order of the blocks.
+    Returns the results, with a last axis of `lanes`; those without lanes are the sum of the blocks' partial results, added
+    in the order of the blocks.
     """
     results, body = kernel.results, kernel.body
     if lanes == 0:
