@@ -279,6 +279,24 @@ def test_other_processors(cpu_name: str, features: str, letter: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_compiles_for_arm(width: int) -> None:
+    """NEON has vectors of two doubles; without libmvec the mathematics is libm's, lane by lane."""
+    binding = pytest.importorskip("llvmlite.binding")
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+
+    def body(x: Any, out: Any) -> None:
+        v = x[...]
+        out[...] = jnp.exp(v) + lax.while_loop(lambda y: jnp.any(y < 1), lambda y: y * y + 0.5, v)
+
+    arguments = [Argument((), np.dtype(float), True, True), Argument((), np.dtype(float), True)]
+    arm = cpu.Machine("aarch64-unknown-linux-gnu", "generic", "+neon", 16, True, "")
+    source = cpu.pack(llvm.emit(body, arguments, Target(width)), width)
+    code = cpu.compile_object(source.payload.encode(), arm)
+    assert code[:4] == b"\x7fELF" and code[18] == 183  # AArch64
+
+
 def test_unsupported_names_what_is_missing() -> None:
     def body(x: Any, out: Any) -> None:
         out[...] = lax.lgamma(x[...])

@@ -149,20 +149,6 @@ def kernels(lanes: int, shared: bool = False) -> tuple[list[Kernel], list[Any]]:
     return [Kernel(solve, record), Kernel(solve, record, wrt)], inputs
 
 
-def run_kernel(kernel: Kernel, operands: list[np.ndarray], lanes: int, threads: int) -> list[np.ndarray]:
-    kernel, size = cpu._native(kernel), cpu.width(kernel.solve, lanes)
-    source = cpu._source(kernel, size)
-    assert isinstance(source, cpu.Source)
-    engine = cpu.link(cpu.compile_object(source.payload.encode(), cpu.machine()))
-    library = native.load()
-    assert library is not None
-    arrays = [np.ascontiguousarray(x) for x in operands]
-    arrays += [np.empty((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in kernel.results]
-    pointers = [a.ctypes.data for a in arrays]
-    library.run(engine.get_function_address("kernel"), lanes, size, cpu._layout(kernel), pointers, threads)
-    return arrays[len(operands) :]
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["lane arguments", "shared arguments"])
 def test_threads_and_undefined_memory_do_not_matter(shared: bool) -> None:
     """One, two and eight threads give identical bits, and so does memory full of NaN."""
@@ -171,16 +157,15 @@ def test_threads_and_undefined_memory_do_not_matter(shared: bool) -> None:
     operands = [np.asarray(x) for x in inputs]
     library = native.load()
     assert library is not None
+    run_forward, run_backward = (cpu.standalone(kernel, lanes) for kernel in (forward, backward))
     results = []
     for threads, poison in [(1, False), (2, False), (8, False), (2, True)]:
         library.set_poison(poison)
         try:
-            ys, counts, decisions, *milestones = run_kernel(forward, operands, lanes, threads)
+            ys, counts, decisions, *milestones = run_forward(operands, threads)
             attempts = counts[1].copy()
             cotangents = 2 * ys
-            back = run_kernel(
-                backward, [*operands, attempts, decisions, *milestones, cotangents], lanes, threads
-            )
+            back = run_backward([*operands, attempts, decisions, *milestones, cotangents], threads)
         finally:
             library.set_poison(False)
         results.append([ys, counts, *back])
@@ -288,7 +273,7 @@ def test_nothing_unused_is_computed() -> None:
 
 def test_object_code_on_disk(own_cache: Path) -> None:
     (kernel, _), _ = kernels(4)
-    source = cpu._source(cpu._native(kernel), 4)
+    source = cpu.source_of(cpu.as_native(kernel), 4)
     assert isinstance(source, cpu.Source)
     payload = source.payload.encode()
     first = cpu.Compiler()
@@ -409,7 +394,7 @@ def test_a_thousand_kernels_do_not_leak(own_cache: Path) -> None:
     library = native.load()
     assert library is not None
     (kernel, _), _ = kernels(1)
-    source = cpu._source(cpu._native(kernel), 1)
+    source = cpu.source_of(cpu.as_native(kernel), 1)
     assert isinstance(source, cpu.Source)
     code = cpu.compiler.object_code(source.key, source.payload.encode())
     x = jnp.ones(3)

@@ -19,7 +19,7 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ import numpy as np
 from pykernels.kernels import identity, ir, llvm, native
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.ir import Argument, Function, Program, Target
+from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
@@ -122,7 +123,7 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
         return reason
     if kernel.solve.kind == "vmap":
         return "the array plan is XLA's"
-    found = _source(_native(kernel), width(kernel.solve, lanes))
+    found = source_of(as_native(kernel), width(kernel.solve, lanes))
     return f"no native code for {found}" if isinstance(found, str) else None
 
 
@@ -131,8 +132,8 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     results = kernel.results
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
-    kernel, size = _native(kernel), width(kernel.solve, lanes)
-    source = _source(kernel, size)
+    kernel, size = as_native(kernel), width(kernel.solve, lanes)
+    source = source_of(kernel, size)
     assert isinstance(source, Source)
     register()
     compiler.prepare(source)
@@ -145,7 +146,7 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
             ir=source.payload,
             width=np.int64(size),
             lanes=np.int64(lanes),
-            layout=np.array(_layout(kernel), np.int64).reshape(-1),
+            layout=np.array(layout_of(kernel), np.int64).reshape(-1),
         )
     )
 
@@ -165,13 +166,8 @@ def register() -> None:
     compiler.start(library)
 
 
-def _native(kernel: Kernel) -> Kernel:
-    """A kernel as the emitter wants it."""
-    return dataclasses.replace(kernel, solve=dataclasses.replace(kernel.solve, kind="arrays"))
-
-
-def _layout(kernel: Kernel) -> list[native.Row]:
-    """The handler's view of a kernel's buffers."""
+def layout_of(kernel: Kernel) -> list[native.Row]:
+    """The custom call's view of a kernel's buffers."""
 
     def row(buffer: Buffer, with_lanes: native.Role, without: native.Role) -> native.Row:
         code = native.SUM_DTYPES[buffer.dtype.name] if without == native.Role.SUM and not buffer.lanes else 0
@@ -187,6 +183,25 @@ def _layout(kernel: Kernel) -> list[native.Row]:
     return rows + [row(b, role.SCRATCH, role.SCRATCH) for b in kernel.scratch]
 
 
+def standalone(kernel: Kernel, lanes: int) -> Callable[[Sequence[np.ndarray], int], list[np.ndarray]]:
+    """A kernel without XLA: a function of its operands, lanes last, and a number of threads. For tests and benchmarks."""
+    kernel, size = as_native(kernel), width(kernel.solve, lanes)
+    source, library = source_of(kernel, size), native.load()
+    assert isinstance(source, Source) and library is not None
+    engine = link(compile_object(source.payload.encode(), machine()))
+    address, layout = engine.get_function_address("kernel"), layout_of(kernel)
+
+    def run(operands: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+        arrays = [np.ascontiguousarray(x) for x in operands]
+        results = [np.empty((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in kernel.results]
+        library.run(address, lanes, size, layout, [a.ctypes.data for a in (*arrays, *results)], threads)
+        return results
+
+    # The code lives as long as its engine.
+    run.engine = engine  # type: ignore[attr-defined]
+    return run
+
+
 @dataclass(frozen=True)
 class Source:
     """A kernel as a custom call carries it."""
@@ -196,7 +211,7 @@ class Source:
 
 
 @functools.lru_cache(maxsize=256)
-def _source(kernel: Kernel, size: int) -> Source | str:
+def source_of(kernel: Kernel, size: int) -> Source | str:
     """A kernel's source, or what has no native code. A later process that asks for the same kernel finds it on disk."""
     name = identity.digest(("source", kernel, size, machine().fma))
     stored = None if name is None else compiler.cache.read(name)
@@ -219,7 +234,9 @@ def _source(kernel: Kernel, size: int) -> Source | str:
 def pack(program: Program, size: int) -> Source:
     """A program as text, with its hash. The mathematical functions are named, not included: they are the machine's."""
     functions = [[f.name, f.dtype.name, f.wide, f.operands] for f in program.functions]
-    content = json.dumps({"width": size, "functions": functions, "ir": program.ir})
+    content = json.dumps(
+        {"width": size, "buffers": program.buffers, "functions": functions, "ir": program.ir}
+    )
     payload = base64.b64encode(zlib.compress(content.encode(), 1)).decode()
     return Source(hashlib.sha256(content.encode()).hexdigest(), payload)
 
@@ -231,9 +248,24 @@ def unpack(payload: bytes) -> tuple[Program, int]:
         functions = [
             Function(name, np.dtype(dtype), wide, n) for name, dtype, wide, n in content["functions"]
         ]
-        return Program(content["ir"], tuple(functions)), content["width"]
+        return Program(content["ir"], content["buffers"], tuple(functions)), content["width"]
     except (zlib.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a kernel: {error}") from error
+
+
+def entry(buffers: int) -> str:
+    """LLVM IR of `void kernel(void* const* pointers, const int64_t* strides)`, as the custom call calls it."""
+    lines, actuals = [], []
+    for i in range(buffers):
+        lines += [
+            f"  %a{i} = getelementptr ptr, ptr %pointers, i64 {i}",
+            f"  %p{i} = load ptr, ptr %a{i}",
+            f"  %b{i} = getelementptr i64, ptr %strides, i64 {i}",
+            f"  %s{i} = load i64, ptr %b{i}",
+        ]
+        actuals.append(f"ptr %p{i}, i64 %s{i}")
+    call = f"  call void @body({', '.join(actuals)})"
+    return "\n".join(["define void @kernel(ptr %pointers, ptr %strides) {", *lines, call, "  ret void", "}"])
 
 
 # Mathematical functions of the machine.
@@ -335,9 +367,8 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
     import llvmlite.binding as binding
 
     program, size = unpack(payload)
-    module = binding.parse_assembly(
-        definitions(program.functions, size, target.mathematics) + "\n" + program.ir
-    )
+    parts = [definitions(program.functions, size, target.mathematics), program.ir, entry(program.buffers)]
+    module = binding.parse_assembly("\n".join(parts))
     module.triple = target.triple
     machine_ = binding.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=False

@@ -34,20 +34,24 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What one must know of a machine: lanes per vector (1: scalars), and whether it has fused multiply-adds."""
+    """What one must know of a machine: lanes per vector (1: scalars), whether it has fused multiply-adds, and whether a kernel
+    is to be one function (calls cost much on a GPU)."""
 
     width: int
     fma: bool = True
+    inlined: bool = False
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes; `constant`: never written."""
+    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes; `constant`: never written; `spread`:
+    without lanes in the body, but with one value per lane in memory, where sums over blocks of one lane are made elsewhere."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     lanes: bool
     constant: bool = False
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ class Function:
 
 @dataclass(frozen=True)
 class Program:
-    """LLVM IR of a kernel `void kernel(ptr pointers, ptr strides)`, and the functions it calls, which are not in it.
+    """LLVM IR of the internal function `void body(ptr pointer, i64 stride, ...)`, with a pair for each of its buffers, and
+    the mathematical functions it calls, which are not in it.
 
-    `pointers[i]` is where the block's first lane of buffer i begins, `strides[i]` the distance between two elements of one
-    lane, in items.
+    A pointer is where the block's first lane of a buffer begins, a stride the distance between two elements of one lane, in
+    items. How a kernel comes by them is the runner's business.
     """
 
     ir: str
+    buffers: int
     functions: tuple[Function, ...]
 
 
@@ -165,35 +171,27 @@ class Writer:
         self._definitions: list[str] = []
 
     def program(self) -> Program:
-        """The finished module."""
-        formals, loads, actuals = [], [], []
-        for ref in self.refs:
-            i = ref.number
-            formals.append(f"ptr noalias{' readonly' if ref.argument.constant else ''} %p{i}, i64 %s{i}")
-            loads += [
-                f"  %a{i} = getelementptr ptr, ptr %pointers, i64 {i}",
-                f"  %p{i} = load ptr, ptr %a{i}",
-                f"  %b{i} = getelementptr i64, ptr %strides, i64 {i}",
-                f"  %s{i} = load i64, ptr %b{i}",
-            ]
-            actuals.append(f"ptr %p{i}, i64 %s{i}")
+        """The finished functions."""
+        formals = [
+            f"ptr noalias{' readonly' if r.argument.constant else ''} %p{r.number}, i64 %s{r.number}"
+            for r in self.refs
+        ]
         text = [
             *self._declared.values(),
             *self._definitions,
             # A function of its own, so that the buffers can be said not to overlap.
-            f"define internal void @body({', '.join(formals)}) noinline {{",
+            f"define internal void @body({', '.join(formals)}) {self._inlining} {{",
             "entry:",
             *self._allocations,
             *self._lines,
             "  ret void",
             "}",
-            "define void @kernel(ptr %pointers, ptr %strides) {",
-            *loads,
-            f"  call void @body({', '.join(actuals)})",
-            "  ret void",
-            "}",
         ]
-        return Program("\n".join(text) + "\n", tuple(self._functions))
+        return Program("\n".join(text) + "\n", len(self.refs), tuple(self._functions))
+
+    @property
+    def _inlining(self) -> str:
+        return "alwaysinline" if self.target.inlined else "noinline"
 
     def shared_function(self, key: Any, formals: str, write: Callable[[], None]) -> str:
         """The symbol of an internal function that `write` writes, once per key."""
@@ -210,7 +208,7 @@ class Writer:
             )
             write()
             body = [*self._allocations, *self._lines]
-            self._definitions += [f"define internal void @{symbol}({formals}) noinline {{", "entry:"]
+            self._definitions += [f"define internal void @{symbol}({formals}) {self._inlining} {{", "entry:"]
             self._definitions += [*body, "  ret void", "}"]
             self._lines, self._allocations, self._block, self._splats, self._workspaces = outside
         return self._shared[key]
@@ -464,7 +462,7 @@ class Writer:
             offset = self._sum(
                 offset, long if step == 1 else self.result(f"mul nsw i64 {long}, {step}", False).text
             )
-        if ref.argument.lanes and offset != "0":
+        if (ref.argument.lanes or ref.argument.spread) and offset != "0":
             offset = self.result(f"mul nsw i64 {offset}, %s{ref.number}", False).text
         item = self._stored(ref.argument.dtype)
         return self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {offset}", False).text

@@ -10,6 +10,7 @@ A new primitive is one entry of `_RULES` (whole arrays) or `_SCALAR` (one cell o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -21,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from pykernels.kernels.body import Kernel
 from pykernels.kernels.ir import (
     BOOL,
     INT64,
@@ -82,6 +84,11 @@ def emit(body: Callable[..., None], arguments: Sequence[Argument], target: Targe
     emitter = Emitter(target, arguments)
     emitter.run(trace(body, arguments), list(emitter.write.refs))
     return emitter.write.program()
+
+
+def as_native(kernel: Kernel) -> Kernel:
+    """A kernel with the lift that is taken here."""
+    return dataclasses.replace(kernel, solve=dataclasses.replace(kernel.solve, kind="arrays"))
 
 
 def trace(body: Callable[..., None], arguments: Sequence[Argument]) -> ClosedJaxpr:
