@@ -34,8 +34,8 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What one must know of a machine: lanes per vector (1: scalars), whether it has fused multiply-adds, and whether a kernel
-    is to be one function (calls cost much on a GPU)."""
+    """What one must know of a machine: lanes per vector (1: scalars), whether it has fused multiply-adds, and whether a
+    kernel is to be one function (calls cost much on a GPU)."""
 
     width: int
     fma: bool = True
@@ -44,8 +44,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Argument:
-    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes; `constant`: never written; `spread`:
-    without lanes in the body, but with one value per lane in memory, where sums over blocks of one lane are made elsewhere."""
+    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes. `constant`: never written. `spread`:
+    without lanes in the body, but one value per lane in memory, where sums over blocks of one lane are made elsewhere."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
