@@ -183,7 +183,11 @@ def cases() -> list[Case]:
             problem = Problem(dense(n), lambda n=n: dense_inputs(n, 1_024), dtype, atol=1e-9)
             what = "gradient" if gradient else "forward"
             small = n == 12 and not gradient
-            quick = replace(problem, inputs=lambda n=n: dense_inputs(n, 32), t1=1.0) if small else None
+            # Few trajectories: rounding may not decide, as it does in float32 at the full tolerances.
+            small_problem = replace(
+                problem, inputs=lambda n=n: dense_inputs(n, 32), t1=1.0, rtol=1e-4, atol=1e-6
+            )
+            quick = small_problem if small else None
             name = f"{what}, {n} dense states adaptive, 1,024 trajectories, {dtype}"
             rows.append(Case(name, problem, gradient, floor, native[gradient], quick=quick))
     compiled = {

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from pykernels.kernels import body, cpu, xla
+from pykernels.kernels import body, cpu, cuda, xla
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
@@ -123,29 +123,39 @@ def _run_portable(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> 
     return xla.run(dataclasses.replace(kernel, solve=solve), operands, lanes)
 
 
-def _run_on_cpu(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
-    reason = cpu_obstacle(kernel, lanes)
-    if reason is None:
-        return cpu.run(kernel, operands, lanes)
-    if kernel.solve.runner == "native":
-        raise ValueError(f"Config(runner='native') is not possible: {reason}")
-    return _run_portable(kernel, operands, lanes)
+# The platforms with a native runner: why it does not run a kernel (None: it does), and how it does.
+_NATIVE: dict[str, tuple[Callable[[Kernel, int], str | None], Run]] = {
+    "cpu": (cpu.obstacle, cpu.run),
+    "cuda": (cuda.obstacle, cuda.run),
+}
 
 
-def cpu_obstacle(kernel: Kernel, lanes: int) -> str | None:
-    """Why a kernel is not run natively on a CPU, or None if it is."""
-    return "asked for by config" if kernel.solve.runner == "xla" else cpu.obstacle(kernel, lanes)
+def _run_on(platform: str) -> Run:
+    """The platform's native runner, and the portable one for what it does not run."""
+
+    def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+        reason = native_obstacle(platform, kernel, lanes)
+        if reason is None:
+            return _NATIVE[platform][1](kernel, operands, lanes)
+        if kernel.solve.runner == "native":
+            raise ValueError(f"Config(runner='native') is not possible: {reason}")
+        return _run_portable(kernel, operands, lanes)
+
+    return run
+
+
+def native_obstacle(platform: str, kernel: Kernel, lanes: int) -> str | None:
+    """Why a kernel is not run natively on a platform, or None if it is."""
+    return "asked for by config" if kernel.solve.runner == "xla" else _NATIVE[platform][0](kernel, lanes)
 
 
 def _define(
     name: str, implementation: Callable[..., list[jax.Array]], abstract: Callable[..., Any]
 ) -> jex.Primitive:
-    """A primitive with several results. `implementation` says what it means with the kernels run by `run`: natively on a
-    CPU, portably everywhere else."""
+    """A primitive with several results. `implementation` says what it means with the kernels run by `run`: natively where
+    the platform has such a runner, portably everywhere else."""
     primitive = jex.Primitive(name)
     primitive.multiple_results = True
-    portable = functools.partial(implementation, run=_run_portable)
-    on_cpu = functools.partial(implementation, run=_run_on_cpu)
     statics = [n for n, p in inspect.signature(implementation).parameters.items() if p.kind is p.KEYWORD_ONLY]
     statics.remove("run")
 
@@ -154,8 +164,10 @@ def _define(
 
     primitive.def_impl(jax.jit(eagerly, static_argnames=statics))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, _lower(portable))
-    mlir.register_lowering(primitive, _lower(on_cpu), platform="cpu")
+    mlir.register_lowering(primitive, _lower(functools.partial(implementation, run=_run_portable)))
+    for platform in _NATIVE:
+        rule = _lower(functools.partial(implementation, run=_run_on(platform)))
+        mlir.register_lowering(primitive, rule, platform=platform)
     return primitive
 
 

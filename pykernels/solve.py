@@ -253,7 +253,7 @@ def _native_obstacle(spec: Solve, adjoint: Adjoint, count: int) -> str | None:
     kernels = adjoint.kernels(spec)
     if not kernels:
         return f"{type(adjoint).__name__} is plain JAX"
-    reasons = [primitives.cpu_obstacle(kernel, count) for kernel in kernels]
+    reasons = [primitives.native_obstacle("cpu", kernel, count) for kernel in kernels]
     return next((reason for reason in reasons if reason is not None), None)
 
 

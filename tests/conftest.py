@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the runner of all tests that do not choose one: what this machine takes by default, the native one (an error "
         "where there is none), or the portable one",
     )
+    parser.addoption("--ptxrun", default=None, help="folder of ptxrun, which executes PTX on the CPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:

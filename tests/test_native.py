@@ -83,6 +83,7 @@ def test_equals_the_portable_runner(lanes: int, dtype: Any) -> None:
         np.testing.assert_allclose(ours[i], theirs[i], rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [False, True], ids=["final", "saved"])
 @pytest.mark.parametrize("method", [pk.euler, pk.bosh3, pk.dopri8, pk.vern7, pk.rk4], ids=lambda m: m.name)
 def test_methods_equal_the_portable_runner(method: Any, save: bool) -> None:
@@ -435,7 +436,7 @@ def python(code: str, objects: Path, **environment: str) -> str:
     """The last line a fresh process prints."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(objects=str(objects)) + code],
-        capture_output=True, text=True, env=os.environ | environment, timeout=300, check=False,
+        capture_output=True, text=True, env=os.environ | environment, timeout=300, check=False, cwd=objects.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]

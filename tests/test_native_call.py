@@ -304,6 +304,7 @@ def script(text: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", text],
         env=os.environ | {"PYTHONPATH": path, "JAX_ENABLE_X64": "1"},
+        cwd=Path(__file__).parent,  # not the source tree, which would hide an installed copy
         capture_output=True,
         text=True,
         timeout=120,

@@ -656,6 +656,9 @@ class _Pullback:
             return turn + jnp.where(any_lane(missed), 1, 2), scale, gap
 
         zero = jnp.zeros_like(state.t)
+        self.notes.scalar_ref[0, 1, :] = (
+            zero  # read, and not used, before the first attempt has noted anything
+        )
         return lax.while_loop(wanted, replay, (jnp.int32(0), zero, zero))[2]
 
     def _replay(
@@ -668,7 +671,7 @@ class _Pullback:
             i, state = carry
             if scaled is not None:
                 again, scale = scaled
-                noted = self.notes.read(i - start)[0][1]
+                noted = self.notes.scalar_ref[jnp.where(again, i - start, 0), 1, :]
                 state = state._replace(h=jnp.where(again, abs(noted) * scale, state.h))
             state, taken = self.stepper.attempt(state, i, self._decisions(i))
             if note is not None:

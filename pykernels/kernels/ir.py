@@ -34,12 +34,13 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What one must know of a machine: lanes per vector (1: scalars), whether it has fused multiply-adds, and whether a
-    kernel is to be one function (calls cost much on a GPU)."""
+    """What one must know of a machine: lanes per vector (1: scalars), whether it has fused multiply-adds, and whether a lane
+    is a thread of its own, as on a GPU: there the kernel is one function, and a pointer is where a buffer begins, for all
+    threads, with the lane's place in it as 32 bits, which cost fewer registers than a pointer per thread and buffer."""
 
     width: int
     fma: bool = True
-    inlined: bool = False
+    thread: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Program:
     the mathematical functions it calls, which are not in it.
 
     A pointer is where the block's first lane of a buffer begins, a stride the distance between two elements of one lane, in
-    items. How a kernel comes by them is the runner's business.
+    items. Where a lane is a thread, strides have 32 bits, pointers are the buffers' own, and the lane's number comes last.
+    How a kernel comes by them is the runner's business.
     """
 
     ir: str
@@ -172,10 +174,12 @@ class Writer:
 
     def program(self) -> Program:
         """The finished functions."""
+        stride = "i32" if self.target.thread else "i64"
         formals = [
-            f"ptr noalias{' readonly' if r.argument.constant else ''} %p{r.number}, i64 %s{r.number}"
+            f"ptr noalias{' readonly' if r.argument.constant else ''} %p{r.number}, {stride} %s{r.number}"
             for r in self.refs
         ]
+        formals += ["i32 %lane"] if self.target.thread else []
         text = [
             *self._declared.values(),
             *self._definitions,
@@ -191,7 +195,7 @@ class Writer:
 
     @property
     def _inlining(self) -> str:
-        return "alwaysinline" if self.target.inlined else "noinline"
+        return "alwaysinline" if self.target.thread else "noinline"
 
     def shared_function(self, key: Any, formals: str, write: Callable[[], None]) -> str:
         """The symbol of an internal function that `write` writes, once per key."""
@@ -453,24 +457,28 @@ class Writer:
 
     def address(self, ref: Ref, index: Sequence[tuple[Cell, np.dtype, int]], static: int) -> str:
         """Where a lane's element number `static` + sum(index * step) begins."""
+        whole, kind = (np.dtype(np.int32), "i32") if self.target.thread else (INT64, "i64")
         offset = str(static)
         for cell, dtype, step in index:
             if cell.known is not None:
-                offset = self._sum(offset, str(int(cell.known) * step))
+                offset = self._sum(kind, offset, str(int(cell.known) * step))
                 continue
-            long = self.convert(cell, dtype, INT64).text
-            offset = self._sum(
-                offset, long if step == 1 else self.result(f"mul nsw i64 {long}, {step}", False).text
-            )
-        if (ref.argument.lanes or ref.argument.spread) and offset != "0":
-            offset = self.result(f"mul nsw i64 {offset}, %s{ref.number}", False).text
+            place = self.convert(cell, dtype, whole).text
+            scaled = place if step == 1 else self.result(f"mul {kind} {place}, {step}", False).text
+            offset = self._sum(kind, offset, scaled)
+        has_lanes = ref.argument.lanes or ref.argument.spread
+        if has_lanes and offset != "0":
+            offset = self.result(f"mul {kind} {offset}, %s{ref.number}", False).text
+        if self.target.thread:
+            offset = self._sum(kind, offset, "%lane") if has_lanes else offset
+            offset = offset if offset.isdigit() else self.result(f"zext i32 {offset} to i64", False).text
         item = self._stored(ref.argument.dtype)
         return self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {offset}", False).text
 
-    def _sum(self, a: str, b: str) -> str:
+    def _sum(self, kind: str, a: str, b: str) -> str:
         if a.isdigit() and b.isdigit():
             return str(int(a) + int(b))
-        return b if a == "0" else a if b == "0" else self.result(f"add nsw i64 {a}, {b}", False).text
+        return b if a == "0" else a if b == "0" else self.result(f"add {kind} {a}, {b}", False).text
 
     def load(self, ref: Ref, pointer: str, wide: bool) -> Cell:
         """What a buffer holds at an address."""

@@ -1151,6 +1151,28 @@ def _square(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
     return _times(write, dtype, a, a)
 
 
+def _one_minus_square(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
+    """(1 + x)(1 - x), exact to rounding near 1, as JAX says."""
+    dtype = _dtype(eqn.outvars[0])
+    one = known(1, dtype)
+    if is_float(dtype):
+        return _times(write, dtype, write.add(dtype, one, a), write.add(dtype, one, a, minus=True))
+    return _times(write, dtype, write.binary("add", dtype, one, a), write.binary("sub", dtype, one, a))
+
+
+def _polynomial(write: Writer, eqn: JaxprEqn, x: Cell, *coefficients: Cell) -> Cell:
+    """Horner's rule; coefficients from the lowest degree."""
+    dtype = _dtype(eqn.outvars[0])
+    x = write.value(x, dtype)
+    total = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        if is_float(dtype):
+            total = write.add(dtype, coefficient, write.multiply(dtype, total, x))
+        else:
+            total = write.binary("add", dtype, coefficient, _times(write, dtype, total, x))
+    return total
+
+
 def _integer_pow(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
     """By repeated squaring; negative powers are reciprocals of positive ones."""
     dtype, power = _dtype(eqn.outvars[0]), eqn.params["y"]
@@ -1243,6 +1265,13 @@ def _clamp(write: Writer, eqn: JaxprEqn, low: Cell, a: Cell, high: Cell) -> Cell
     return write.extreme(False, dtype, write.extreme(True, dtype, a, low), high)
 
 
+def _bitcast(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
+    before, after = _dtype(eqn.invars[0]), _dtype(eqn.outvars[0])
+    if before.itemsize != after.itemsize or BOOL in (before, after):
+        raise Unsupported("bitcast_convert_type between widths")
+    return write.reinterpret(a, before, after)
+
+
 def _is_finite(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
     dtype = _dtype(eqn.invars[0])
     return write.compare("lt", dtype, write.intrinsic("fabs", dtype, a), known(np.inf, dtype))
@@ -1268,6 +1297,7 @@ _SCALAR: dict[str, Callable[..., Cell]] = {
     "min": lambda write, eqn, a, b: write.extreme(False, _dtype(eqn.outvars[0]), a, b),
     "clamp": _clamp, "is_finite": _is_finite, "select_n": _select_n, "convert_element_type": _convert,
     "sqrt": _intrinsic("sqrt"), "floor": _intrinsic("floor"), "ceil": _intrinsic("ceil"), "round": _round,
+    "bitcast_convert_type": _bitcast, "one_minus_square": _one_minus_square, "polynomial": _polynomial,
     "rsqrt": _rsqrt, "logistic": _logistic,
     "and": _logic("and"), "or": _logic("or"), "xor": _logic("xor"), "not": _not,
     "shift_left": _shift("shl"), "shift_right_logical": _shift("lshr"), "shift_right_arithmetic": _shift("ashr"),

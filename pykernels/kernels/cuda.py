@@ -1,0 +1,265 @@
+"""The CUDA runner: kernels as PTX by the LLVM emitter, one lane per thread, each thread with its own loops.
+
+A thread leaves its loops when its own lane is done; nothing is decided for a block of threads. Buffers with lanes keep the
+lane index fastest, so that neighbouring threads touch neighbouring memory. Sums over lanes (cotangents of shared operands)
+are one value per thread, which XLA adds.
+
+Launched by `triton_kernel_call`, the CUDA plugin's call for compiled kernels, whose message is encoded here. It takes PTX
+and makes machine code of it for one compute capability; PTX comes from LLVM's NVPTX target and NVIDIA's libdevice, which is
+looked for where JAX's CUDA installation or Triton brought it. Division and square roots are rounded correctly; the other
+functions are CUDA's (CUDA C++ Programming Guide, "Mathematical Functions", gives their errors); no fast-math is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pykernels.kernels import ir, llvm
+from pykernels.kernels.body import Kernel
+from pykernels.kernels.ir import Argument, Program, Target, scalar_type
+from pykernels.kernels.llvm import as_native
+
+CALL = "triton_kernel_call"
+# Threads per block. A lane needs many registers, so blocks are small, and several of them share a processor.
+WARPS = 2
+# The compute capability kernels are made for where no GPU is at hand to ask.
+DEFAULT_CAPABILITY = 90
+# Null pointers that the call passes behind the parameters, since Triton 3.4's kernels expect them.
+SCRATCH_POINTERS = 2
+_LIBDEVICE = (
+    ("triton", "backends/nvidia/lib/libdevice.10.bc"),
+    ("nvidia", "cuda_nvcc/nvvm/libdevice/libdevice.10.bc"),
+    ("nvidia", "cu13/nvvm/libdevice/libdevice.10.bc"),
+)
+
+
+@functools.cache
+def libdevice() -> Path | None:
+    """NVIDIA's mathematical functions as LLVM bitcode: in the triton wheel, or in those that JAX's CUDA extra brings."""
+    for package, path in _LIBDEVICE:
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            if (Path(folder) / path).exists():
+                return Path(folder) / path
+    return None
+
+
+def unavailable() -> str | None:
+    """Why there is no CUDA runner in this process, or None."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed"
+    if libdevice() is None:
+        return "libdevice is not installed: install pykernels[cuda]"
+    return None
+
+
+def obstacle(kernel: Kernel, lanes: int) -> str | None:
+    """Why this runner does not run a kernel, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if kernel.solve.kind == "vmap":
+        return "the array plan is XLA's"
+    buffers = (*kernel.operands, *kernel.results, *kernel.scratch)
+    largest = max(math.prod(buffer.shape) for buffer in buffers)
+    if largest * lanes >= 1 << 32 or lanes >= 1 << 31:
+        return f"{lanes} lanes of {largest} elements are too many for 32 bits: solve fewer at a time"
+    found = program_of(as_native(kernel))
+    return f"no native code for {found}" if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=256)
+def program_of(kernel: Kernel) -> Program | str:
+    """A kernel's program, or what has no native code."""
+    try:
+        return llvm.emit(kernel.body, arguments_of(kernel), Target(1, thread=True))
+    except ir.Unsupported as reason:
+        return str(reason)
+
+
+def arguments_of(kernel: Kernel) -> list[Argument]:
+    """The kernel's buffers, in order; sums have one partial value per thread."""
+    return [
+        *[Argument(b.shape, np.dtype(b.dtype), b.lanes, constant=True) for b in kernel.operands],
+        *[Argument(b.shape, np.dtype(b.dtype), b.lanes, spread=not b.lanes) for b in kernel.results],
+        *[Argument(b.shape, np.dtype(b.dtype), b.lanes) for b in kernel.scratch],
+    ]
+
+
+def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    """Run a kernel without an `obstacle` over an ensemble; as `xla.run`."""
+    results = kernel.results
+    if lanes == 0:
+        return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
+    kernel = as_native(kernel)
+    types = [jax.ShapeDtypeStruct((*b.shape, lanes), b.dtype) for b in (*results, *kernel.scratch)]
+    image = compiled(kernel, capability())
+    call = encode(image, -(-lanes // (32 * WARPS)), len(kernel.operands) + len(types), lanes)
+    launch = jax.ffi.ffi_call(  # type: ignore[call-overload]  # the configuration is bytes
+        CALL, types, custom_call_api_version=2, legacy_backend_config=call
+    )
+    outputs = launch(*operands)
+    return [
+        value if buffer.lanes else jnp.sum(value, axis=-1)
+        for value, buffer in zip(outputs, results, strict=False)
+    ]
+
+
+def capability() -> int:
+    """The compute capability of this process's GPU, or the default where there is none."""
+    try:
+        (device, *_) = jax.devices("cuda")
+    except RuntimeError:  # no CUDA plugin, or no GPU
+        return DEFAULT_CAPABILITY
+    major, minor = str(device.compute_capability).split(".")
+    return int(major) * 10 + int(minor)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A compiled kernel: its entry's name and the PTX."""
+
+    name: str
+    ptx: str
+    capability: int
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(kernel: Kernel, capability: int) -> Image:
+    """PTX of a kernel without an `obstacle`."""
+    import llvmlite.binding as binding
+
+    program = program_of(kernel)
+    path = libdevice()
+    assert isinstance(program, Program) and path is not None
+    name = "pykernels_backward" if kernel.wrt is not None else "pykernels_forward"
+    arguments = arguments_of(kernel)
+    _initialize()
+    text = "\n".join([definitions(program), program.ir, entry(name, arguments)])
+    module = binding.parse_assembly(text)
+    module.triple = "nvptx64-nvidia-cuda"
+    machine = binding.Target.from_triple(module.triple).create_target_machine(
+        cpu=f"sm_{capability}", features="+ptx80", opt=3
+    )
+    module.data_layout = str(machine.target_data)
+    library = binding.parse_bitcode(path.read_bytes())
+    library.triple, library.data_layout = module.triple, module.data_layout
+    module.link_in(library)
+    for function in module.functions:
+        if not function.is_declaration and function.name != name:
+            function.linkage = "internal"
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    return Image(name, machine.emit_assembly(module), capability)
+
+
+@functools.cache
+def _initialize() -> None:
+    import llvmlite.binding as binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+
+
+def definitions(program: Program) -> str:
+    """LLVM IR that defines a program's mathematical functions by libdevice's."""
+    parts: dict[str, None] = {}
+    for function in program.functions:
+        kind = scalar_type(function.dtype)
+        symbol = f"__nv_{function.name}{'f' if function.dtype.itemsize == 4 else ''}"
+        formals = ", ".join(f"{kind} %x{i}" for i in range(function.operands))
+        parts[f"declare {kind} @{symbol}({', '.join([kind] * function.operands)})"] = None
+        parts[
+            f"define internal {kind} @{function.symbol}({formals}) alwaysinline {{\n"
+            f"  %r = call {kind} @{symbol}({formals})\n  ret {kind} %r\n}}"
+        ] = None
+    return "\n".join(parts)
+
+
+def entry(name: str, arguments: Sequence[Argument]) -> str:
+    """LLVM IR of the kernel that the GPU starts: finds the thread's lane, and leaves threads without one alone.
+
+    Parameters: the buffers, the number of lanes, and the call's scratch pointers, which are not used.
+    """
+    formals = [f"ptr addrspace(1) %g{i}" for i in range(len(arguments))] + ["i32 %lanes"]
+    formals += [f"ptr addrspace(1) %unused{i}" for i in range(SCRATCH_POINTERS)]
+    lines = [f"  %h{i} = addrspacecast ptr addrspace(1) %g{i} to ptr" for i in range(len(arguments))]
+    actuals = [
+        f"ptr %h{i}, i32 {'%lanes' if argument.lanes or argument.spread else '0'}"
+        for i, argument in enumerate(arguments)
+    ]
+    registers = ("ctaid.x", "ntid.x", "tid.x")
+    declared = [f"declare i32 @llvm.nvvm.read.ptx.sreg.{r}()" for r in registers]
+    reads = [f"  %r{k} = call i32 @llvm.nvvm.read.ptx.sreg.{r}()" for k, r in enumerate(registers)]
+    return "\n".join(
+        [
+            *declared,
+            f"define ptx_kernel void @{name}({', '.join(formals)}) {{",
+            *reads,
+            "  %first = mul i32 %r0, %r1",
+            "  %number = add i32 %first, %r2",
+            "  %inside = icmp slt i32 %number, %lanes",
+            "  br i1 %inside, label %go, label %leave",
+            "go:",
+            *lines,
+            f"  call void @body({', '.join(actuals)}, i32 %number)",
+            "  br label %leave",
+            "leave:",
+            "  ret void",
+            "}",
+        ]
+    )
+
+
+# The call's message, in protocol buffers' wire format (jaxlib/gpu/triton.proto): fields are numbers, everything else is
+# positional, so a dozen lines write it.
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    value &= (1 << 64) - 1
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def encode(image: Image, blocks: int, arrays: int, lanes: int) -> bytes:
+    """The compressed message of `triton_kernel_call`: the kernel, its grid, and its parameters: arrays, then the lanes."""
+    kernel = (
+        _bytes(1, image.name.encode())
+        + _number(2, WARPS)
+        + _bytes(4, image.ptx.encode())
+        + _number(6, image.capability)
+        + _number(10, 1)
+    )
+    array = _bytes(5, _bytes(1, _number(2, 8)))
+    call = _bytes(1, kernel) + _number(2, blocks) + _number(3, 1) + _number(4, 1)
+    call += array * arrays + _bytes(5, _number(3, lanes))
+    message = _bytes(1, call) + _bytes(3, image.name.encode())
+    return zlib.compress(message)
+
+
+def parameters(ptx: str) -> int:
+    """How many parameters the entry of a PTX text has."""
+    found = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    return found.group(1).count(".param") if found else 0
