@@ -205,7 +205,7 @@ def cases() -> list[Case]:
     alone = Problem(lorenz, one_lorenz, "float64", atol=1e-9, alone=True)
     for gradient in (False, True):
         what = "gradient" if gradient else "forward"
-        quick = alone if gradient else None
+        quick = None if gradient else alone
         rows.append(
             Case(f"{what}, Lorenz adaptive, one trajectory, float64", alone, gradient, 1, 1, quick=quick)
         )

@@ -157,6 +157,7 @@ PLANS = {
     "components": pk.Config(plan="lanes", lift="components", block=2),
     "arrays": pk.Config(plan="lanes", lift="arrays", block=2),
     "array": pk.Config(plan="array", block=2),
+    "native": pk.Config(plan="lanes", block=2),
 }
 
 
@@ -220,9 +221,10 @@ def _oracle(kind: str) -> Any:
     ("kind", "plan"),
     [
         ("adaptive", "components"),
-        ("n", "components"),
-        ("dt", "components"),
-        ("adaptive", "arrays"),
+        ("n", "native"),
+        ("dt", "native"),
+        ("adaptive", "native"),
+        ("n", "arrays"),
         ("dt", "array"),
     ],
 )

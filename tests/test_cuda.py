@@ -91,6 +91,8 @@ METHODS = [pk.euler, pk.rk4, pk.bosh3, pk.dopri5]
 SLICE = [
     (problem, METHODS[i % len(METHODS)], (np.float32, np.float64)[i % 2], (80, 90)[i // 2 % 2])
     for i, problem in enumerate(problems.PROBLEMS)
+    # The perceptron with weights per lane takes half a minute; with shared ones it is executed below.
+    if problem is not problems.PERCEPTRON
 ]
 
 
@@ -213,7 +215,9 @@ def test_executed_ptx_gives_the_reference(
     on_ptx: Any, problem: Any, method: Any, dtype: Any, what: str, shared: bool
 ) -> None:
     """Values and gradients of 37 lanes, one and a bit more than a warp, equal the portable runner's on the CPU."""
-    step = pk.Fixed(12) if method.error is None else pk.Adaptive(1e-4, 1e-7)
+    # In float32 the tolerances keep decisions off rounding.
+    adaptive = pk.Adaptive(1e-4, 1e-7) if dtype == np.float64 else pk.Adaptive(1e-3, 1e-5)
+    step = pk.Fixed(12) if method.error is None else adaptive
     end = problem.t0 + 0.2 * (problem.t1 - problem.t0)
     dates = None if what == "final" else jnp.asarray(np.linspace(problem.t0, end, 4), dtype)
     y0s, args = lanes_of(problem, dtype, 37)
@@ -232,7 +236,7 @@ def test_executed_ptx_gives_the_reference(
     got, report = on_ptx(program(None), y0s, args)
     assert len(report) == 2
     wanted = program(pk.Config(runner="xla"))(y0s, args)
-    tolerance = 1e-12 if dtype == np.float64 else 1e-4
+    tolerance = 1e-12 if dtype == np.float64 else 1e-5
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-3))
