@@ -236,7 +236,15 @@ def test_executed_ptx_gives_the_reference(
     got, report = on_ptx(program(None), y0s, args)
     assert len(report) == 2
     wanted = program(pk.Config(runner="xla"))(y0s, args)
-    tolerance = 1e-12 if dtype == np.float64 else 1e-5
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-3))
+    leaves = [[np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (got, wanted)]
+    if dtype == np.float64:
+        for a, b in zip(*leaves, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(np.max(np.abs(b)), 1e-3))
+        return
+    # Rounding moves the step sizes a little: both are held against the float64 solution with the same settings.
+    double = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (y0s, args)]
+    exact = [np.asarray(x) for x in jax.tree.leaves(program(pk.Config(runner="xla"))(*double))]
+    for a, b, c in zip(*leaves, exact, strict=True):
+        scale = max(np.max(np.abs(c)), 1e-3)
+        error, portable = np.max(np.abs(a - c)) / scale, np.max(np.abs(b - c)) / scale
+        assert error <= max(3 * portable, 32 * np.finfo(np.float32).eps), (error, portable)
