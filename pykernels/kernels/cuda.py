@@ -33,6 +33,10 @@ from pykernels.kernels.llvm import as_native
 CALL = "triton_kernel_call"
 # Threads per block. A lane needs many registers, so blocks are small, and several of them share a processor.
 WARPS = 2
+# Registers a thread may have, by bytes of a float, in kernels of systems so small that they need no more: without the cap
+# ptxas takes 150 for the backward pass of three float64 states; with it 136, and nothing spills. Larger systems take what
+# they need.
+SMALL_ELEMENTS, REGISTERS = 3, {4: 80, 8: 136}
 # The compute capability kernels are made for where no GPU is at hand to ask.
 DEFAULT_CAPABILITY = 90
 # Null pointers that the call passes behind the parameters, since Triton 3.4's kernels expect them.
@@ -146,7 +150,9 @@ def compiled(kernel: Kernel, capability: int) -> Image:
     name = "pykernels_backward" if kernel.wrt is not None else "pykernels_forward"
     arguments = arguments_of(kernel)
     _initialize()
-    text = "\n".join([definitions(program), program.ir, entry(name, arguments)])
+    field = kernel.solve.field
+    cap = REGISTERS[field.dtype.itemsize] if field.elements <= SMALL_ELEMENTS else None
+    text = "\n".join([definitions(program), program.ir, entry(name, arguments, cap)])
     module = binding.parse_assembly(text)
     module.triple = "nvptx64-nvidia-cuda"
     machine = binding.Target.from_triple(module.triple).create_target_machine(
@@ -159,8 +165,15 @@ def compiled(kernel: Kernel, capability: int) -> Image:
     for function in module.functions:
         if not function.is_declaration and function.name != name:
             function.linkage = "internal"
-    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
+    # What makes one function in registers of it, and no more: ptxas optimises anyway. LLVM's full pipeline left as many
+    # machine instructions, took four times as long and cost up to 12 registers (Lorenz backward, float32).
+    passes = binding.create_new_module_pass_manager()
+    passes.add_always_inliner_pass()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.add_sroa_pass()
+    passes.add_simplify_cfg_pass()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes.run(module, binding.create_pass_builder(machine, options))
     return Image(name, machine.emit_assembly(module), capability)
 
 
@@ -187,8 +200,9 @@ def definitions(program: Program) -> str:
     return "\n".join(parts)
 
 
-def entry(name: str, arguments: Sequence[Argument]) -> str:
-    """LLVM IR of the kernel that the GPU starts: finds the thread's lane, and leaves threads without one alone.
+def entry(name: str, arguments: Sequence[Argument], registers: int | None = None) -> str:
+    """LLVM IR of the kernel that the GPU starts, with at most so many registers: finds the thread's lane, and leaves threads
+    without one alone.
 
     Parameters: the buffers, the number of lanes, and the call's scratch pointers, which are not used.
     """
@@ -199,13 +213,14 @@ def entry(name: str, arguments: Sequence[Argument]) -> str:
         f"ptr %h{i}, i32 {'%lanes' if argument.lanes or argument.spread else '0'}"
         for i, argument in enumerate(arguments)
     ]
-    registers = ("ctaid.x", "ntid.x", "tid.x")
-    declared = [f"declare i32 @llvm.nvvm.read.ptx.sreg.{r}()" for r in registers]
-    reads = [f"  %r{k} = call i32 @llvm.nvvm.read.ptx.sreg.{r}()" for k, r in enumerate(registers)]
+    places = ("ctaid.x", "ntid.x", "tid.x")
+    declared = [f"declare i32 @llvm.nvvm.read.ptx.sreg.{r}()" for r in places]
+    reads = [f"  %r{k} = call i32 @llvm.nvvm.read.ptx.sreg.{r}()" for k, r in enumerate(places)]
+    attribute = "" if registers is None else f' "nvvm.maxnreg"="{registers}"'
     return "\n".join(
         [
             *declared,
-            f"define ptx_kernel void @{name}({', '.join(formals)}) {{",
+            f"define ptx_kernel void @{name}({', '.join(formals)}){attribute} {{",
             *reads,
             "  %first = mul i32 %r0, %r1",
             "  %number = add i32 %first, %r2",
