@@ -1,5 +1,5 @@
 """Kernels for NVIDIA GPUs, without one: they compile, the lowered program holds them, and their PTX, executed on the CPU by
-`shared/ptxrun` (`--ptxrun PATH`), gives the reference's numbers."""
+`shared/ptxrun` (`--ptxrun=PATH`), gives the reference's numbers."""
 
 from __future__ import annotations
 

@@ -313,6 +313,9 @@ def test_explain_integrates_nothing():
         ({"block": 0}, "block"),
         ({"block": 2.0}, "block"),
         ({"block": -3}, "block"),
+        ({"runner": "gpu"}, "runner"),
+        ({"runner": "native", "lift": "arrays"}, "own lift"),
+        ({"runner": "native", "plan": "array"}, "lanes plan only"),
     ],
 )
 def test_wrong_settings(settings, message):
