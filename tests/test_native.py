@@ -391,15 +391,14 @@ def test_kernels_are_freed() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_kernels_do_not_leak(own_cache: Path) -> None:
-    """Machine code of a thousand kernels, of which the library keeps sixteen: memory stays where it was."""
-    library = native.load()
-    assert library is not None
+    """A thousand times machine code is loaded and, but for the last sixteen, freed: memory stays where it was.
+
+    Compiling is another matter: llvmlite 0.50 keeps 57 kB of every full pass pipeline it makes.
+    """
     (kernel, _), _ = kernels(1)
     source = cpu.source_of(cpu.as_native(kernel), 1)
     assert isinstance(source, cpu.Source)
     code = cpu.compiler.object_code(source.key, source.payload.encode())
-    x = jnp.ones(3)
-    del x
 
     def resident() -> int:
         gc.collect()
