@@ -36,7 +36,7 @@ from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
-_FORMAT = 1
+_FORMAT = 2
 # Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a
 # few state elements the values of an attempt no longer fit into the registers there are.
 SMALL_ELEMENTS, SMALL_REGISTERS = 4, 2
@@ -374,8 +374,7 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
         cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=False
     )
     module.data_layout = str(machine_.target_data)
-    builder = binding.create_pass_builder(machine_, binding.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
+    llvm.optimise(module, machine_)
     return machine_.emit_object(module)
 
 

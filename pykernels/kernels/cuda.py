@@ -165,15 +165,7 @@ def compiled(kernel: Kernel, capability: int) -> Image:
     for function in module.functions:
         if not function.is_declaration and function.name != name:
             function.linkage = "internal"
-    # What makes one function in registers of it, and no more: ptxas optimises anyway. LLVM's full pipeline left as many
-    # machine instructions, took four times as long and cost up to 12 registers (Lorenz backward, float32).
-    passes = binding.create_new_module_pass_manager()
-    passes.add_always_inliner_pass()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.add_sroa_pass()
-    passes.add_simplify_cfg_pass()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    passes.run(module, binding.create_pass_builder(machine, options))
+    llvm.optimise(module, machine)
     return Image(name, machine.emit_assembly(module), capability)
 
 
