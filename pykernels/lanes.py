@@ -61,7 +61,7 @@ _OWN = (
 )
 _CONTROL = frozenset({"cond", "scan", "while"})
 # Calls are inlined; the value is the parameter that holds the callee. Rematerialisation is the caller's business.
-_CALLS = {
+CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -74,7 +74,7 @@ _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 # JAX 0.12 keeps some functions as "high" primitives, which know their own expansion; these are inlined too.
 _EXPANDED = frozenset({"SearchSorted"})
 
-_ARRAYS = _ELEMENTWISE | _SAME | _OWN | _CONTROL | _CUSTOM | _EXPANDED | frozenset(_CALLS)
+_ARRAYS = _ELEMENTWISE | _SAME | _OWN | _CONTROL | _CUSTOM | _EXPANDED | frozenset(CALLS)
 # The components lift has no rule for these.
 _NOT_COMPONENTS = frozenset({"cumlogsumexp", "sort", "top_k"})
 # Derivatives of these at ties are a matter of JAX's choice, so the components lift takes JAX's rule for them.
@@ -103,7 +103,7 @@ def _name(eqn: JaxprEqn) -> str:
     return type(eqn.params["_prim"]).__name__ if name == "call_hi_primitive" else name
 
 
-def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """An open jaxpr and its constants, of either kind of jaxpr (JAX 0.12 has only one kind)."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
@@ -111,8 +111,8 @@ def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
 def _callee(eqn: JaxprEqn) -> Any:
     """The jaxpr that a call, a custom rule's primal or a high primitive stands for."""
     name = _name(eqn)
-    if name in _CALLS:
-        return eqn.params[_CALLS[name]]
+    if name in CALLS:
+        return eqn.params[CALLS[name]]
     if name in _CUSTOM:
         return eqn.params["call_jaxpr"]
     return jax.make_jaxpr(eqn.params["_prim"].expand)(*[_struct(a) for a in eqn.invars])
@@ -127,7 +127,7 @@ def _struct(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Numbers of constants and of carries of a scan."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -259,7 +259,7 @@ class _Interpreter:
         raise NotImplementedError
 
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-        jaxpr, consts = _open(jaxpr)
+        jaxpr, consts = open_jaxpr(jaxpr)
         env: dict[Any, Any] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.constant(const, var.aval)
@@ -271,7 +271,7 @@ class _Interpreter:
         for eqn in jaxpr.eqns:
             name, values = _name(eqn), [read(a) for a in eqn.invars]
             custom = name in _CUSTOM
-            if name in _CALLS or name in _EXPANDED or (custom and not self.differentiated):
+            if name in CALLS or name in _EXPANDED or (custom and not self.differentiated):
                 outs = self.run(_callee(eqn), values)
             elif custom or (self.differentiated and name in self.ties):
                 outs = self.custom(eqn, values, jaxpr)
@@ -634,7 +634,7 @@ class _Arrays(_Interpreter):
 
     def scan(self, eqn: JaxprEqn, args: list[_Value]) -> list[_Value]:
         p = eqn.params
-        n, m = _scan_counts(p)
+        n, m = scan_counts(p)
         consts, init, xs = args[:n], args[n : n + m], args[n + m :]
         kinds = _lanes_after("scan", eqn, [v.lanes for v in args])
 
@@ -704,13 +704,13 @@ def _is_concrete(x: Any) -> bool:
 
 def _lanes_after(name: str, eqn: JaxprEqn, lanes: Sequence[bool]) -> list[bool]:
     """Which results of an equation have lanes, as the arrays lift makes them."""
-    if name in _CALLS or name in _EXPANDED:
+    if name in CALLS or name in _EXPANDED:
         return _lanes_out(_callee(eqn), lanes)
     if name == "cond":
         branches = [_lanes_out(b, lanes[1:]) for b in eqn.params["branches"]]
         return [lanes[0] or any(kinds) for kinds in zip(*branches, strict=True)]
     if name == "scan":
-        n, m = _scan_counts(eqn.params)
+        n, m = scan_counts(eqn.params)
         carry = list(lanes[n : n + m])
         while True:
             outs = _lanes_out(eqn.params["jaxpr"], [*lanes[:n], *carry, *lanes[n + m :]])
@@ -738,7 +738,7 @@ def _while_lanes(eqn: JaxprEqn, lanes: Sequence[bool]) -> tuple[bool, list[bool]
 
 
 def _lanes_out(jaxpr: Any, lanes: Sequence[bool]) -> list[bool]:
-    jaxpr, _ = _open(jaxpr)
+    jaxpr, _ = open_jaxpr(jaxpr)
     env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
     env.update(zip(jaxpr.invars, lanes, strict=True))
     for eqn in jaxpr.eqns:
@@ -1056,7 +1056,7 @@ class _Components(_Interpreter):
 
     def scan(self, eqn: JaxprEqn, args: list[np.ndarray]) -> list[np.ndarray]:
         p = eqn.params
-        n, m = _scan_counts(p)
+        n, m = scan_counts(p)
         consts, carry, xs = args[:n], args[n : n + m], args[n + m :]
         rows: list[list[np.ndarray]] = []
         order = range(p["length"])
@@ -1218,7 +1218,7 @@ class Lift:
         block = inputs[0][0].shape[-1]
         inputs = [[jnp.asarray(x) for x in pieces] for pieces in inputs]
         if self.kind == "vmap":
-            function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(*_open(self.jaxpr)))
+            function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(*open_jaxpr(self.jaxpr)))
             axes = [-1 if lanes else None for lanes in self.lane]
             return [[o] for o in jax.vmap(function, in_axes=axes, out_axes=-1)(*[x for (x,) in inputs])]
         if self.kind == "arrays":
@@ -1226,7 +1226,7 @@ class Lift:
             values = [arrays.start(x, (), lanes) for x, lanes in zip(inputs, self.lane, strict=True)]
             return [arrays.finish(o, True) for o in arrays.run(self.jaxpr, values)]
         scalars = _Components(block, None, self.differentiated)
-        variables = _open(self.jaxpr)[0].invars
+        variables = open_jaxpr(self.jaxpr)[0].invars
         places = [scalars.start(x, _aval(v).shape, True) for x, v in zip(inputs, variables, strict=True)]
         return [scalars.finish(o, True) for o in scalars.run(self.jaxpr, places)]
 
@@ -1247,7 +1247,7 @@ def lift(jaxpr: Jaxpr | ClosedJaxpr, lane: Sequence[bool], kind: str, *, differe
       ValueError: an unknown kind, `lane` of the wrong length, or constants without a known value.
     """
     lane = tuple(map(bool, lane))
-    inner, consts = _open(jaxpr)
+    inner, consts = open_jaxpr(jaxpr)
     if kind not in ("components", "arrays", "vmap"):
         raise ValueError(f"unknown kind of lift {kind!r}: expected 'components', 'arrays' or 'vmap'")
     if len(lane) != len(inner.invars) or not lane or not lane[0]:
@@ -1266,7 +1266,7 @@ def unsupported(
 
     With `differentiated` the derivative rules of custom functions in it are examined as well.
     """
-    for v in _open(jaxpr)[0].invars:
+    for v in open_jaxpr(jaxpr)[0].invars:
         if (reason := _bad_dtype(v.aval)) is not None:
             return reason
     return _first_unsupported(jaxpr, differentiated)
@@ -1280,7 +1280,7 @@ def _bad_dtype(aval: Any) -> str | None:
 
 
 def _first_unsupported(jaxpr: Any, differentiated: bool) -> str | None:
-    jaxpr, _ = _open(jaxpr)
+    jaxpr, _ = open_jaxpr(jaxpr)
     for eqn in jaxpr.eqns:
         name = _name(eqn)
         if name not in _ARRAYS:
@@ -1301,7 +1301,7 @@ def _first_unsupported(jaxpr: Any, differentiated: bool) -> str | None:
 
 def _inner(name: str, eqn: JaxprEqn) -> list[Any]:
     """The jaxprs an equation runs."""
-    if name in _CALLS or name in _CUSTOM or name in _EXPANDED:
+    if name in CALLS or name in _CUSTOM or name in _EXPANDED:
         return [_callee(eqn)]
     keys = {"cond": (), "scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr")}.get(name, ())
     return [*(eqn.params["branches"] if name == "cond" else ()), *(eqn.params[k] for k in keys)]
@@ -1328,12 +1328,12 @@ def component_obstacle(
 ) -> str | None:
     """None if the components lift can run this jaxpr, else the name of the first primitive (or the reason) why not."""
     reason = unsupported(jaxpr, lane, differentiated=differentiated)
-    return reason or _obstacle(jaxpr, [False] * len(_open(jaxpr)[0].invars), differentiated)[0]
+    return reason or _obstacle(jaxpr, [False] * len(open_jaxpr(jaxpr)[0].invars), differentiated)[0]
 
 
 def _obstacle(jaxpr: Any, known: Sequence[bool], differentiated: bool) -> tuple[str | None, list[bool]]:
     """The first obstacle, and which results are known while tracing, given which inputs are."""
-    jaxpr, _ = _open(jaxpr)
+    jaxpr, _ = open_jaxpr(jaxpr)
     env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, True)
     env.update(zip(jaxpr.invars, known, strict=True))
     for eqn in jaxpr.eqns:
@@ -1349,14 +1349,14 @@ def _equation_obstacle(
     name: str, eqn: JaxprEqn, known: list[bool], differentiated: bool, parent: Jaxpr
 ) -> tuple[str | None, list[bool]]:
     p, outs = eqn.params, [all(known)] * len(eqn.outvars)
-    if name in _CALLS or name in _EXPANDED:
+    if name in CALLS or name in _EXPANDED:
         return _obstacle(_callee(eqn), known, differentiated)
     if name in _CUSTOM:
         reason, _ = _obstacle(_callee(eqn), known, differentiated)
         if reason is None and differentiated and not all(known):
             rule = _rule(eqn, parent)
             derivative = rule.vjp() if name == "custom_vjp_call" else rule.jvp()
-            reason, _ = _obstacle(derivative, [False] * len(_open(derivative)[0].invars), False)
+            reason, _ = _obstacle(derivative, [False] * len(open_jaxpr(derivative)[0].invars), False)
         return reason, outs
     if name == "cond":
         for branch in p["branches"]:
@@ -1364,7 +1364,7 @@ def _equation_obstacle(
             if reason is not None:
                 return reason, outs
     elif name == "scan":
-        length, n = p["length"], _scan_counts(p)
+        length, n = p["length"], scan_counts(p)
         if length * max(operation_count(p["jaxpr"]), 1) > _UNROLL:
             return f"scan of {length} steps", outs
         consts, carry, xs = known[: n[0]], known[n[0] : sum(n)], known[sum(n) :]
@@ -1395,7 +1395,7 @@ def operation_count(jaxpr: Any) -> int:
     One per scalar that an elementwise primitive writes or a reduction reads; a product counts its multiply-adds; a scan
     counts its steps, a `while` loop one, a branch the longest; moving scalars about counts nothing.
     """
-    jaxpr, _ = _open(jaxpr)
+    jaxpr, _ = open_jaxpr(jaxpr)
     return sum(_operations(_name(eqn), eqn) for eqn in jaxpr.eqns)
 
 

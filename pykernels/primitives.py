@@ -146,7 +146,20 @@ def _run_on(platform: str) -> Run:
 
 def native_obstacle(platform: str, kernel: Kernel, lanes: int) -> str | None:
     """Why a kernel is not run natively on a platform, or None if it is."""
-    return "asked for by config" if kernel.solve.runner == "xla" else _NATIVE[platform][0](kernel, lanes)
+    if kernel.solve.runner == "xla":
+        return "asked for by config"
+    if kernel.solve.kind == "vmap":
+        return "the array plan is XLA's"
+    return _NATIVE[platform][0](kernel, lanes)
+
+
+def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[str, str, int]:
+    """The runner a CPU takes for these kernels, why, and its lanes per block. No kernels: plain JAX."""
+    reasons = [native_obstacle("cpu", kernel, lanes) for kernel in kernels] or ["this adjoint is plain JAX"]
+    obstacle = next((reason for reason in reasons if reason is not None), None)
+    if obstacle is None:
+        return "native", "machine code through LLVM", cpu.width(solve, lanes)
+    return "xla", obstacle, xla.block_size(lanes, xla.wanted_block(solve))
 
 
 def _define(

@@ -15,9 +15,8 @@ import numpy as np
 from pykernels import lanes, primitives
 from pykernels.adjoint import Adjoint, Milestones
 from pykernels.field import Field, as_operands, as_state, trace_field
-from pykernels.kernels import cpu, stepper, xla
+from pykernels.kernels import stepper, xla
 from pykernels.kernels.stepper import Solve
-from pykernels.primitives import vary_together
 from pykernels.stepsize import Adaptive, Fixed
 from pykernels.tableau import ButcherTableau, tsit5
 
@@ -129,7 +128,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would be executed, and why. Sizes in bytes. `runner` is what a CPU runs; other platforms take "xla"."""
+    """How a call would be executed, and why. Sizes in bytes. `runner` and `block` are those of a CPU."""
 
     plan: str
     lift: str
@@ -229,12 +228,7 @@ def explain(
     """How `solve` (or, with `in_axes`, `solve_ensemble`) would execute a call. Nothing is integrated."""
     problem = _Problem.of(field, y0, t0, t1, args, in_axes, method, step, dt0, save_at, max_steps, config)
     spec = problem.spec
-    obstacle = _native_obstacle(spec, adjoint, problem.lanes)
-    if obstacle is None:
-        runner, why = "native", "machine code through LLVM"
-        block = cpu.width(spec, problem.lanes)
-    else:
-        runner, why, block = "xla", obstacle, xla.block_size(problem.lanes, xla.wanted_block(spec))
+    runner, why, block = primitives.runner_on_cpu(spec, adjoint.kernels(spec), problem.lanes)
     return Explanation(
         plan="array" if spec.kind == "vmap" else "lanes",
         lift="components" if spec.kind == "small" else spec.kind,
@@ -246,15 +240,6 @@ def explain(
         operations=lanes.operation_count(spec.field.jaxpr),
         milestone_bytes_per_trajectory=adjoint.memory(spec),
     )
-
-
-def _native_obstacle(spec: Solve, adjoint: Adjoint, count: int) -> str | None:
-    """Why a CPU would not run a call natively, or None."""
-    kernels = adjoint.kernels(spec)
-    if not kernels:
-        return f"{type(adjoint).__name__} is plain JAX"
-    reasons = [primitives.native_obstacle("cpu", kernel, count) for kernel in kernels]
-    return next((reason for reason in reasons if reason is not None), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,7 +458,7 @@ def _finish(problem: _Problem, adjoint: Adjoint, throw: bool) -> Solution:
     if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(f"adjoint must be Milestones(), BoundedTree() or ForwardOnly(), not {adjoint!r}")
     spec = problem.spec
-    *leaves, status, attempts, accepted = adjoint.integrate(spec, vary_together(problem.inputs))
+    *leaves, status, attempts, accepted = adjoint.integrate(spec, primitives.vary_together(problem.inputs))
     if problem.save_at is not None and spec.saves is None:  # no times at all
         leaves = [leaf[None][:0] for leaf in leaves]
     ys = [jnp.moveaxis(leaf, -1, 0) for leaf in leaves]

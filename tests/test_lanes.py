@@ -878,15 +878,15 @@ INSTRUCTIONS: dict[str, Callable[[Any, Any, int], Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(sorted(INSTRUCTIONS)), *[st.integers(0, 7)] * 3), min_size=1, max_size=7
-    ),
-    st.sampled_from([np.float32, np.float64]),
-    st.sampled_from([1, 5]),
-)
-def test_random_programs(program: Any, dtype: Any, block: int) -> None:
+def programs(names: Any) -> Any:
+    return st.lists(
+        st.tuples(st.sampled_from(sorted(names)), *[st.integers(0, 7)] * 3), min_size=1, max_size=7
+    )
+
+
+def program_case(program: Any, dtype: Any) -> Case:
+    """A field that runs a program; every value it makes is a result."""
+
     def field(t: Any, y: Any, p: Any, q: Any, scale: Any) -> Any:
         pool = [y, p, q, scale, t, jnp.asarray([0.5, -1.0, 0.25], dtype)]
         for name, a, b, k in program:
@@ -894,7 +894,13 @@ def test_random_programs(program: Any, dtype: Any, block: int) -> None:
             pool.append(cut(INSTRUCTIONS[name](x, z, k)))
         return pool[6:]
 
-    case = Case(field, (3,), ((2, 2), (4,), ()), (False, True, False))
+    return Case(field, (3,), ((2, 2), (4,), ()), (False, True, False))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(programs(INSTRUCTIONS), st.sampled_from([np.float32, np.float64]), st.sampled_from([1, 5]))
+def test_random_programs(program: Any, dtype: Any, block: int) -> None:
+    case = program_case(program, dtype)
     s = setup(case, dtype, block, seed=len(program))
     assert lanes.unsupported(s.jaxpr, s.lane) is None
     kinds = ["arrays", *(["components"] if lanes.component_obstacle(s.jaxpr, s.lane) is None else [])]

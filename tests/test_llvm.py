@@ -17,13 +17,13 @@ from test_lanes import (
     CASES,
     INSTRUCTIONS,
     QUICK,
-    Case,
     Setup,
     as_function,
     close,
-    cut,
     is_float,
     oracle,
+    program_case,
+    programs,
     setup,
 )
 
@@ -135,24 +135,12 @@ def test_single_precision(name: str) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(sorted(set(INSTRUCTIONS) - {"sort"})), *[st.integers(0, 7)] * 3),
-        min_size=1,
-        max_size=7,
-    ),
+    programs(set(INSTRUCTIONS) - {"sort"}),
     st.sampled_from([np.float32, np.float64]),
     st.sampled_from([1, 4, 8]),
 )
 def test_random_programs(program: Any, dtype: Any, width: int) -> None:
-    def field(t: Any, y: Any, p: Any, q: Any, scale: Any) -> Any:
-        pool = [y, p, q, scale, t, jnp.asarray([0.5, -1.0, 0.25], dtype)]
-        for name, a, b, k in program:
-            x, z = pool[-1 - a % len(pool)], pool[-1 - b % len(pool)]
-            pool.append(cut(INSTRUCTIONS[name](x, z, k)))
-        return pool[6:]
-
-    case = Case(field, (3,), ((2, 2), (4,), ()), (False, True, False))
-    check(setup(case, dtype, LANES, seed=len(program)), (width,))
+    check(setup(program_case(program, dtype), dtype, LANES, seed=len(program)), (width,))
 
 
 SPECIAL = np.array(
@@ -233,6 +221,18 @@ def test_across_lanes() -> None:
         assert largest == (blocks > 1.5).any(1).sum()
         np.testing.assert_array_equal(flag, np.repeat((blocks > 1.5).any(1), width))
         np.testing.assert_array_equal(everywhere, np.repeat((blocks < 1.5).all(1), width))
+
+
+def test_reductions_of_integers_are_bit_by_bit() -> None:
+    """Not the largest and the smallest, which they are for masks."""
+    i = np.random.default_rng(0).integers(-9, 9, (3, LANES)).astype(np.int32)
+
+    def body(x: Any, either: Any, both: Any) -> None:
+        either[...], both[...] = jnp.bitwise_or.reduce(x[...], 0), jnp.bitwise_and.reduce(x[...], 0)
+
+    either, both = run(body, [(i, True)], [((), np.int32, True)] * 2, 4)
+    np.testing.assert_array_equal(either, np.bitwise_or.reduce(i, 0))
+    np.testing.assert_array_equal(both, np.bitwise_and.reduce(i, 0))
 
 
 def test_products_fuse_by_the_program_alone() -> None:

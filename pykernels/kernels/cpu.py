@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -63,10 +62,10 @@ def machine() -> Machine:
     _initialize()
     features = binding.get_host_cpu_features()
     triple = binding.get_process_triple()
-    has = lambda name: bool(features.get(name))  # noqa: E731
     if triple.startswith("x86_64"):
-        size = 64 if has("avx512f") and has("avx512dq") else 32 if has("avx2") else 16
-        fma, letter = has("fma") or has("avx512f"), {64: "e", 32: "d", 16: "b"}[size]
+        has = {name for name, there in features.items() if there}
+        size = 64 if {"avx512f", "avx512dq"} <= has else 32 if "avx2" in has else 16
+        fma, letter = bool({"fma", "avx512f"} & has), {64: "e", 32: "d", 16: "b"}[size]
     else:
         size, fma, letter = 16, triple.startswith(("aarch64", "arm64")), ""
     if letter and not _load_libmvec():
@@ -98,9 +97,7 @@ def _load_libmvec() -> bool:
 
 def unavailable() -> str | None:
     """Why there is no native runner in this process, or None."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed"
-    return None if native.load() is not None else native.reason()
+    return llvm.unavailable() or (None if native.load() is not None else native.reason())
 
 
 def width(solve: Solve, lanes: int) -> int:
@@ -121,8 +118,6 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
     reason = unavailable()
     if reason is not None:
         return reason
-    if kernel.solve.kind == "vmap":
-        return "the array plan is XLA's"
     found = source_of(as_native(kernel), width(kernel.solve, lanes))
     return f"no native code for {found}" if isinstance(found, str) else None
 
@@ -188,17 +183,15 @@ def standalone(kernel: Kernel, lanes: int) -> Callable[[Sequence[np.ndarray], in
     kernel, size = as_native(kernel), width(kernel.solve, lanes)
     source, library = source_of(kernel, size), native.load()
     assert isinstance(source, Source) and library is not None
-    engine = link(compile_object(source.payload.encode(), machine()))
-    address, layout = engine.get_function_address("kernel"), layout_of(kernel)
+    engine, layout = link(compile_object(source.payload.encode(), machine())), layout_of(kernel)
 
     def run(operands: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
         arrays = [np.ascontiguousarray(x) for x in operands]
         results = [np.empty((*b.shape, lanes) if b.lanes else b.shape, b.dtype) for b in kernel.results]
+        address = engine.get_function_address("kernel")  # asked here: the code lives as long as its engine
         library.run(address, lanes, size, layout, [a.ctypes.data for a in (*arrays, *results)], threads)
         return results
 
-    # The code lives as long as its engine.
-    run.engine = engine  # type: ignore[attr-defined]
     return run
 
 
@@ -272,8 +265,8 @@ def entry(buffers: int) -> str:
 
 _LIBMVEC_BYTES = {"b": 16, "d": 32, "e": 64}
 _C_TYPES = {"float64": ("double", ""), "float32": ("float", "f")}
-# What libmvec lacks or what is exact in libm goes through scalar functions, lane by lane.
-_SCALAR_ONLY = frozenset({"fmod", "lgamma"})
+# libmvec has no remainder: libm's, which is exact, lane by lane.
+_SCALAR_ONLY = frozenset({"fmod"})
 
 
 def definitions(functions: Sequence[Function], size: int, mathematics: str) -> str:

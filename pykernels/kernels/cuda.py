@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,11 +60,8 @@ def libdevice() -> Path | None:
 
 def unavailable() -> str | None:
     """Why there is no CUDA runner in this process, or None."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed"
-    if libdevice() is None:
-        return "libdevice is not installed: install pykernels[cuda]"
-    return None
+    missing = None if libdevice() is not None else "libdevice is not installed: install pykernels[cuda]"
+    return llvm.unavailable() or missing
 
 
 def obstacle(kernel: Kernel, lanes: int) -> str | None:
@@ -73,8 +69,6 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
     reason = unavailable()
     if reason is not None:
         return reason
-    if kernel.solve.kind == "vmap":
-        return "the array plan is XLA's"
     buffers = (*kernel.operands, *kernel.results, *kernel.scratch)
     largest = max(math.prod(buffer.shape) for buffer in buffers)
     if largest * lanes >= 1 << 32 or lanes >= 1 << 31:
@@ -264,9 +258,3 @@ def encode(image: Image, blocks: int, arrays: int, lanes: int) -> bytes:
     call += array * arrays + _bytes(5, _number(3, lanes))
     message = _bytes(1, call) + _bytes(3, image.name.encode())
     return zlib.compress(message)
-
-
-def parameters(ptx: str) -> int:
-    """How many parameters the entry of a PTX text has."""
-    found = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
-    return found.group(1).count(".param") if found else 0

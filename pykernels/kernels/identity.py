@@ -18,14 +18,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 
-_CALLEES = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
+from pykernels.lanes import CALLS
 
 
 class _Nameless(Exception):
@@ -124,7 +117,7 @@ def _feed_jaxpr(jaxpr: Jaxpr, put: Any, put_all: Any) -> None:
         put("equation", eqn.primitive.name, len(eqn.invars), len(eqn.outvars))
         use(eqn.invars)
         # A call is what it calls: its other settings (shardings, donation) say nothing inside a kernel.
-        callee = _CALLEES.get(eqn.primitive.name)
+        callee = CALLS.get(eqn.primitive.name)
         put_all("params", [eqn.params if callee is None else eqn.params[callee]])
         bind(eqn.outvars)
     use(jaxpr.outvars)

@@ -11,6 +11,7 @@ A new primitive is one entry of `_RULES` (whole arrays) or `_SCALAR` (one cell o
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from collections import Counter
@@ -37,6 +38,7 @@ from pykernels.kernels.ir import (
     is_float,
     known,
 )
+from pykernels.lanes import CALLS, open_jaxpr, scan_counts
 
 LANES = 1_000_003
 # Longest matrix product, in multiply-adds, that is written out; longer ones are loops, over blocks of so many results: as
@@ -52,16 +54,8 @@ HELD_ELEMENTS = 8
 Array = Any  # NumPy object array of cells; its shape is the value's without the lane axis
 INT32 = np.dtype(np.int32)
 
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+# Calls are inlined; what a custom rule stands for is enough where derivatives have been taken.
+_CALLS = {**CALLS, "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 # The last ones speak of meshes, of which a kernel knows nothing.
 _IDENTITIES = frozenset(
     {
@@ -84,6 +78,11 @@ def emit(body: Callable[..., None], arguments: Sequence[Argument], target: Targe
     emitter = Emitter(target, arguments)
     emitter.run(trace(body, arguments), list(emitter.write.refs))
     return emitter.write.program()
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled in this process, or None."""
+    return "llvmlite is not installed" if importlib.util.find_spec("llvmlite") is None else None
 
 
 def as_native(kernel: Kernel) -> Kernel:
@@ -159,10 +158,6 @@ def _array(cells: Iterable[Cell], shape: tuple[int, ...]) -> Array:
     return out.reshape(shape)
 
 
-def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
 def _single_products(jaxpr: Jaxpr) -> set[Any]:
     """Results of products that are used once, by an addition that does not repeat them."""
     uses: Counter[Any] = Counter(a for a in jaxpr.outvars if not isinstance(a, Literal))
@@ -195,7 +190,7 @@ class Emitter:
 
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """The results of a jaxpr: arrays of cells, or Refs."""
-        jaxpr, consts = _open(jaxpr)
+        jaxpr, consts = open_jaxpr(jaxpr)
         env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.constant(const, var)
@@ -238,7 +233,8 @@ class Emitter:
         for cells in zip(*[np.broadcast_to(a, shape).reshape(-1) for a in args], strict=True):
             if fold is not None and all(c.known is not None for c in cells):
                 with np.errstate(over="ignore"):
-                    out.append(known(fold(*[c.known for c in cells]), _dtype(eqn.outvars[0])))
+                    value = np.asarray(fold(*[c.known for c in cells]))
+                out.append(Cell(known=value.astype(_dtype(eqn.outvars[0]))[()]))  # overflow wraps
             else:
                 out.append(rule(self.write, eqn, *cells))
         return _array(out, shape)
@@ -426,6 +422,8 @@ def _reduction(across: str, combine: Callable[[Writer, np.dtype, Cell, Cell], Ce
     def rule(e: Emitter, eqn: JaxprEqn, value: Array) -> Array:
         shape, axes = _aval(eqn.invars[0]).shape, eqn.params["axes"]
         dtype, lane = _dtype(eqn.invars[0]), _lane_axis(shape)
+        if dtype != BOOL and lane in axes and eqn.primitive.name in ("reduce_or", "reduce_and"):
+            raise Unsupported(f"{eqn.primitive.name} of integers over the lanes")
         inner = _axes(axes, shape)
         kept = [i for i in range(value.ndim) if i not in inner]
         rows = value.transpose(*kept, *inner).reshape(math.prod(value.shape[i] for i in kept), -1)
@@ -470,6 +468,11 @@ def _largest(write: Writer, dtype: np.dtype, a: Cell, b: Cell) -> Cell:
 
 def _smallest(write: Writer, dtype: np.dtype, a: Cell, b: Cell) -> Cell:
     return write.extreme(False, dtype, a, b)
+
+
+def _bits(operation: str) -> Callable[[Writer, np.dtype, Cell, Cell], Cell]:
+    """Bit by bit; of masks these are the maximum and the minimum."""
+    return lambda write, dtype, a, b: write.binary(operation, dtype, a, b)
 
 
 def _bound(sign: int) -> Callable[[np.dtype], Any]:
@@ -937,7 +940,7 @@ def _cond(e: Emitter, eqn: JaxprEqn, index: Array, *args: Any) -> list[Array]:
 
 def _equations(jaxpr: Any) -> int:
     """Roughly the equations a jaxpr writes: a scan's count as often as it steps."""
-    inner, _ = _open(jaxpr)
+    inner, _ = open_jaxpr(jaxpr)
     total = 0
     for eqn in inner.eqns:
         size = max((math.prod(_inner(v)) for v in eqn.outvars if hasattr(_aval(v), "shape")), default=1)
@@ -946,16 +949,9 @@ def _equations(jaxpr: Any) -> int:
     return total
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
-    return len(list(consts)), len(list(carry))
-
-
 def _scan(e: Emitter, eqn: JaxprEqn, *args: Any) -> list[Array]:
     p = eqn.params
-    n, m = _scan_counts(p)
+    n, m = scan_counts(p)
     consts, carry, xs = list(args[:n]), list(args[n : n + m]), args[n + m :]
     length = p["length"]
     lane_lists = [v for v in (*eqn.invars[n + m :], *eqn.outvars[m:]) if _aval(v).shape[0] == LANES]
@@ -1299,14 +1295,18 @@ def _convert(write: Writer, eqn: JaxprEqn, a: Cell) -> Cell:
     return write.convert(a, _dtype(eqn.invars[0]), _dtype(eqn.outvars[0]))
 
 
+def _quotient(a: int, b: int) -> int:
+    """Rounded towards zero; by zero it is -1, as XLA says."""
+    return -1 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
 _FOLD: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum, "neg": np.negative,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "sign": np.sign, "abs": np.abs,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "convert_element_type": lambda x: x, "select_n": lambda which, *cases: cases[int(which)],
-    "div": lambda a, b: lax.div(a, b), "rem": lambda a, b: np.fmod(a, b) if b else a,
+    "div": lambda a, b: _quotient(int(a), int(b)), "rem": lambda a, b: np.fmod(a, b) if b else a,
 }  # fmt: skip
-_FOLD["div"] = lambda a, b: -1 if b == 0 else (abs(int(a)) // abs(int(b))) * (1 if (a < 0) == (b < 0) else -1)
 
 _SCALAR: dict[str, Callable[..., Cell]] = {
     "add": _add, "add_any": _add_any, "sub": _sub, "mul": _arithmetic("fmul", "mul"), "div": _div, "rem": _rem,
@@ -1339,7 +1339,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "tile": lambda e, eqn, a: np.tile(a, _without(eqn.params["reps"], _aval(eqn.invars[0]).shape)),
     "reduce_sum": _reduction("sum", _sum, lambda dtype: 0), "reduce_prod": _reduction("product", _times, lambda dtype: 1),
     "reduce_max": _reduction("maximum", _largest, _bound(-1)), "reduce_min": _reduction("minimum", _smallest, _bound(1)),
-    "reduce_or": _reduction("maximum", _largest, _bound(-1)), "reduce_and": _reduction("minimum", _smallest, _bound(1)),
+    "reduce_or": _reduction("maximum", _bits("or"), lambda dtype: 0),
+    "reduce_and": _reduction("minimum", _bits("and"), lambda dtype: True if dtype == BOOL else -1),
     "cumsum": _cumulative(_sum), "cumprod": _cumulative(_times),
     "cummax": _cumulative(_largest), "cummin": _cumulative(_smallest),
     "argmax": _arg_extreme(True), "argmin": _arg_extreme(False),
@@ -1350,19 +1351,3 @@ _RULES: dict[str, Callable[..., Any]] = {
     "empty": _empty, "empty2": _empty,
     "while": _while, "cond": _cond, "scan": _scan,
 }  # fmt: skip
-
-
-def missing(jaxpr: Any) -> str | None:
-    """The first primitive of a jaxpr that has no rule at all, or None. What rules refuse shows when they are asked."""
-    inner, _ = _open(jaxpr)
-    for eqn in inner.eqns:
-        name = eqn.primitive.name
-        if name not in _RULES and name not in _SCALAR and name not in _CALLS and name not in _IDENTITIES:
-            return name
-        for value in eqn.params.values():
-            for part in value if isinstance(value, (tuple, list)) else [value]:
-                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
-                    found = missing(part)
-                    if found is not None:
-                        return found
-    return None
