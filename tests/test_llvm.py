@@ -236,17 +236,22 @@ def test_reductions_of_integers_are_bit_by_bit() -> None:
 
 
 def test_products_fuse_by_the_program_alone() -> None:
-    """a * b + c is one rounding where the product is used once, with the flag that says so, and two without."""
+    """a * b + c, c + a * b, a * b - c and c - a * b are rounded once where the product is used once, and twice without the
+    flag that says the machine can."""
     a = np.array([1 + 2.0**-30] * LANES)
+    c = 1 + 2.0**-29  # a * a is this and 2^-60, which is below its rounding
 
-    def body(x: Any, out: Any) -> None:
+    def body(x: Any, *outs: Any) -> None:
         v = x[...]
-        out[...] = v * v - (1 + 2.0**-29)
+        for out, value in zip(outs, [v * v + -c, -c + v * v, v * v - c, c - v * v], strict=True):
+            out[...] = value
 
-    (fused,) = run(body, [(a, True)], [((), float, True)], 8)
-    (plain,) = run(body, [(a, True)], [((), float, True)], 8, fma=False)
-    np.testing.assert_array_equal(fused, 2.0**-60)
-    np.testing.assert_array_equal(plain, 0.0)
+    results = [((), float, True)] * 4
+    fused, plain = (run(body, [(a, True)], results, 8, fma=fma) for fma in (True, False))
+    for got, sign in zip(fused, (1, 1, 1, -1), strict=True):
+        np.testing.assert_array_equal(got, sign * 2.0**-60)
+    for got in plain:
+        np.testing.assert_array_equal(got, 0.0)
 
 
 @pytest.mark.parametrize(
