@@ -19,7 +19,7 @@ import problems
 import pytest
 
 import pykernels as pk
-from pykernels.kernels import cuda
+from pykernels.kernels import cuda, launch
 from pykernels.kernels.body import Kernel
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
@@ -62,7 +62,7 @@ def kernels(problem: Any, dtype: Any, shared: bool = False, **settings: Any) -> 
     return [Kernel(solve, None), Kernel(solve, record), Kernel(solve, record, wrt)]
 
 
-def resources(image: cuda.Image, tmp_path: Path) -> tuple[int, int]:
+def resources(image: launch.Image, tmp_path: Path) -> tuple[int, int]:
     """Registers and spilled bytes of a compiled kernel."""
     source = tmp_path / "kernel.ptx"
     source.write_text(image.ptx)
@@ -161,7 +161,7 @@ def test_parameters_of_the_launch() -> None:
         image = cuda.compiled(cuda.as_native(kernel), 90)
         arrays = len(kernel.operands) + len(kernel.results) + len(kernel.scratch)
         entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", image.ptx, re.DOTALL)
-        assert entry is not None and entry[1].count(".param") == arrays + 1 + cuda.SCRATCH_POINTERS
+        assert entry is not None and entry[1].count(".param") == arrays + 1 + launch.SCRATCH_POINTERS
 
 
 def test_what_has_no_kernel_runs_portably() -> None:

@@ -27,6 +27,8 @@ RANKS = {
     "kernels.body": 3,
     "kernels.identity": 1,
     "kernels.native": 1,
+    "kernels.disk": 0,
+    "kernels.launch": 0,
     "kernels.ir": 3,
     "kernels.llvm": 4,
     "kernels.cpu": 5,

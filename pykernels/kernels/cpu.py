@@ -8,20 +8,17 @@ child, compiles it at the first call, or finds the object code in the cache on d
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +27,7 @@ import numpy as np
 
 from pykernels.kernels import identity, ir, llvm, native
 from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.ir import Argument, Function, Program, Target
 from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
@@ -369,73 +367,6 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
     module.data_layout = str(machine_.target_data)
     llvm.optimise(module, machine_)
     return machine_.emit_object(module)
-
-
-class DiskCache:
-    """Code on disk, named by content, processor and versions. A damaged or foreign entry is not used.
-
-    A process that writes keeps the folder under `most_bytes`: what was not read for longest goes.
-    """
-
-    def __init__(self, folder: Path | None, most_bytes: int = 1 << 29) -> None:
-        self.folder, self.most_bytes = folder, most_bytes
-        self._written = 0
-
-    def read(self, name: str) -> bytes | None:
-        """The entry of that name, None if there is none that is whole."""
-        if self.folder is None:
-            return None
-        try:
-            content = (self.folder / name).read_bytes()
-        except OSError:
-            return None
-        stamp, code = content[:_STAMP], content[_STAMP:]
-        if stamp != _stamp(name, code):
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / name)
-        return code
-
-    def write(self, name: str, code: bytes) -> None:
-        """Store an entry; a reader sees all of it or nothing. What cannot be stored is compiled again another time."""
-        if self.folder is None:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(_stamp(name, code) + code)
-            os.replace(temporary, self.folder / name)
-            # Looking at all entries is not worth it for every one.
-            if self._written % 64 == 0:
-                self._prune()
-            self._written += 1
-        except OSError:
-            return
-
-    def _prune(self) -> None:
-        assert self.folder is not None
-        entries = sorted(
-            ((p.stat(), p) for p in self.folder.iterdir()), key=lambda e: e[0].st_mtime, reverse=True
-        )
-        total = 0
-        for status, path in entries:
-            total += status.st_size
-            if total > self.most_bytes:
-                path.unlink(missing_ok=True)
-
-
-_STAMP = 32
-
-
-def _stamp(name: str, code: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + b"\0" + code).digest()
-
-
-def default_folder() -> Path:
-    """Where object code is cached: `pykernels` in the user's cache folder (XDG)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pykernels"
 
 
 class Compiler:

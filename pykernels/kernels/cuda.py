@@ -4,9 +4,8 @@ A thread leaves its loops when its own lane is done; nothing is decided for a bl
 lane index fastest, so that neighbouring threads touch neighbouring memory. Sums over lanes (cotangents of shared operands)
 are one value per thread, which XLA adds.
 
-Launched by `triton_kernel_call`, the CUDA plugin's call for compiled kernels, whose message is encoded here. It takes PTX
-and makes machine code of it for one compute capability; PTX comes from LLVM's NVPTX target and NVIDIA's libdevice, which is
-looked for where JAX's CUDA installation or Triton brought it. Division and square roots are rounded correctly; the other
+PTX comes from LLVM's NVPTX target and NVIDIA's libdevice, which is looked for where JAX's CUDA installation or Triton
+brought it; `launch.py` makes it part of a program. Division and square roots are rounded correctly; the other
 functions are CUDA's (CUDA C++ Programming Guide, "Mathematical Functions", gives their errors); no fast-math is used.
 """
 
@@ -15,9 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -27,19 +24,15 @@ import numpy as np
 from pykernels.kernels import ir, llvm
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.ir import Argument, Program, Target, scalar_type
+from pykernels.kernels.launch import SCRATCH_POINTERS, Image, capability, launch
 from pykernels.kernels.llvm import as_native
 
-CALL = "triton_kernel_call"
 # Threads per block. A lane needs many registers, so blocks are small, and several of them share a processor.
 WARPS = 2
 # Registers a thread may have, by bytes of a float, in kernels of systems so small that they need no more: without the cap
 # ptxas takes 150 for the backward pass of three float64 states; with it 136, and nothing spills. Larger systems take what
 # they need.
 SMALL_ELEMENTS, REGISTERS = 3, {4: 80, 8: 136}
-# The compute capability kernels are made for where no GPU is at hand to ask.
-DEFAULT_CAPABILITY = 90
-# Null pointers that the call passes behind the parameters, since Triton 3.4's kernels expect them.
-SCRATCH_POINTERS = 2
 _LIBDEVICE = (
     ("triton", "backends/nvidia/lib/libdevice.10.bc"),
     ("nvidia", "cuda_nvcc/nvvm/libdevice/libdevice.10.bc"),
@@ -103,34 +96,11 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     kernel = as_native(kernel)
     types = [jax.ShapeDtypeStruct((*b.shape, lanes), b.dtype) for b in (*results, *kernel.scratch)]
     image = compiled(kernel, capability())
-    call = encode(image, -(-lanes // (32 * WARPS)), len(kernel.operands) + len(types), lanes)
-    launch = jax.ffi.ffi_call(  # type: ignore[call-overload]  # the configuration is bytes
-        CALL, types, custom_call_api_version=2, legacy_backend_config=call
-    )
-    outputs = launch(*operands)
+    outputs = launch(image, operands, types, -(-lanes // (32 * image.warps)), [lanes])
     return [
         value if buffer.lanes else jnp.sum(value, axis=-1)
         for value, buffer in zip(outputs, results, strict=False)
     ]
-
-
-def capability() -> int:
-    """The compute capability of this process's GPU, or the default where there is none."""
-    try:
-        (device, *_) = jax.devices("cuda")
-    except RuntimeError:  # no CUDA plugin, or no GPU
-        return DEFAULT_CAPABILITY
-    major, minor = str(device.compute_capability).split(".")
-    return int(major) * 10 + int(minor)
-
-
-@dataclass(frozen=True)
-class Image:
-    """A compiled kernel: its entry's name and the PTX."""
-
-    name: str
-    ptx: str
-    capability: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,7 +130,7 @@ def compiled(kernel: Kernel, capability: int) -> Image:
         if not function.is_declaration and function.name != name:
             function.linkage = "internal"
     llvm.optimise(module, machine)
-    return Image(name, machine.emit_assembly(module), capability)
+    return Image(name, machine.emit_assembly(module), capability, WARPS)
 
 
 @functools.cache
@@ -221,40 +191,3 @@ def entry(name: str, arguments: Sequence[Argument], registers: int | None = None
             "}",
         ]
     )
-
-
-# The call's message, in protocol buffers' wire format (jaxlib/gpu/triton.proto): fields are numbers, everything else is
-# positional, so a dozen lines write it.
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    value &= (1 << 64) - 1
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def encode(image: Image, blocks: int, arrays: int, lanes: int) -> bytes:
-    """The compressed message of `triton_kernel_call`: the kernel, its grid, and its parameters: arrays, then the lanes."""
-    kernel = (
-        _bytes(1, image.name.encode())
-        + _number(2, WARPS)
-        + _bytes(4, image.ptx.encode())
-        + _number(6, image.capability)
-        + _number(10, 1)
-    )
-    array = _bytes(5, _bytes(1, _number(2, 8)))
-    call = _bytes(1, kernel) + _number(2, blocks) + _number(3, 1) + _number(4, 1)
-    call += array * arrays + _bytes(5, _number(3, lanes))
-    message = _bytes(1, call) + _bytes(3, image.name.encode())
-    return zlib.compress(message)
