@@ -96,6 +96,11 @@ _BY_INPUT = _names(
 _SPLIT = 16
 # Longest scan, in scalar operations, that the components lift unrolls.
 _UNROLL = 1000
+# Shortest side of a product that Triton's `dot` takes.
+TILE_DOT = 16
+# From this side on the products of a float32 go to the tensor cores: with 64 the backward pass spills an eighth as much as
+# with multiply-adds, with 16 three times as much (tsit5, sm_90).
+TENSOR_DOT = 32
 
 
 def _name(eqn: JaxprEqn) -> str:
@@ -688,6 +693,31 @@ class _Arrays(_Interpreter):
 setattr(_Arrays, "while", _Arrays.while_)
 
 
+class _Tiles(_Arrays):
+    """Arrays for GPU programs, whose values are tiles of threads: products with shared matrices are matrix products where
+    both sides are long enough for Triton's `dot`, else sums of elementwise products."""
+
+    def dot_general(self, eqn: JaxprEqn, args: list[_Value]) -> list[_Value]:
+        left, right = args
+        ((lc,), (rc,)), _ = eqn.params["dimension_numbers"]
+        if left.lanes:
+            left, right, lc, rc = right, left, rc, lc
+        matrix = left.x if lc == 1 else lax.transpose(left.x, (1, 0))
+        y = self.bury(right.x)
+        if min(matrix.shape) >= TILE_DOT:
+            # Tensor cores multiply 10 bits of a float32: three products of the parts make up for what one loses.
+            three = y.dtype == np.float32 and min(matrix.shape) >= TENSOR_DOT
+            precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if three else lax.Precision.HIGHEST
+            product = lax.dot(matrix, y, precision=precision)
+        else:
+            shape = (*matrix.shape, self.block)
+            left_wide, right_wide = (
+                lax.broadcast_in_dim(x, shape, axes) for x, axes in ((matrix, (0, 1)), (y, (1, 2)))
+            )
+            product = lax.reduce_sum(left_wide * right_wide, (1,))
+        return [_Value(self.bury(product), True)]
+
+
 def _values(eqn: JaxprEqn, outs: Any, lanes: bool) -> list[_Value]:
     return [_Value(o, lanes) for o in (outs if eqn.primitive.multiple_results else [outs])]
 
@@ -1201,6 +1231,7 @@ class Lift:
     jaxpr: Jaxpr | ClosedJaxpr = dataclasses.field(repr=False)
     lane: tuple[bool, ...] = dataclasses.field(repr=False)
     differentiated: bool = dataclasses.field(repr=False)
+    tiles: bool = False
 
     def pieces(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Index tuples under which one leaf of that shape is handed over, in order."""
@@ -1222,7 +1253,7 @@ class Lift:
             axes = [-1 if lanes else None for lanes in self.lane]
             return [[o] for o in jax.vmap(function, in_axes=axes, out_axes=-1)(*[x for (x,) in inputs])]
         if self.kind == "arrays":
-            arrays = _Arrays(block, mask, self.differentiated)
+            arrays = (_Tiles if self.tiles else _Arrays)(block, mask, self.differentiated)
             values = [arrays.start(x, (), lanes) for x, lanes in zip(inputs, self.lane, strict=True)]
             return [arrays.finish(o, True) for o in arrays.run(self.jaxpr, values)]
         scalars = _Components(block, None, self.differentiated)
@@ -1238,7 +1269,8 @@ def lift(jaxpr: Jaxpr | ClosedJaxpr, lane: Sequence[bool], kind: str, *, differe
       jaxpr: with inputs (t, *state leaves, *operand leaves). An open jaxpr without constants, or a closed one with
         concrete constants: these are known while tracing, so arrays may be indexed by them in the components lift.
       lane: for each input whether each lane has its own; `lane[0]` is True.
-      kind: ``"components"``, ``"arrays"`` or ``"vmap"``. `unsupported` and `component_obstacle` tell what applies.
+      kind: ``"components"``, ``"arrays"``, ``"tiles"`` (arrays with GPU programs' products) or ``"vmap"``. `unsupported`,
+        `component_obstacle` and `tile_obstacle` tell what applies.
       differentiated: whether derivatives of the lifted function will be taken. If so, functions with rules of their own
         (`jax.custom_jvp`, `jax.custom_vjp`) keep them, and a `lax.cond` that becomes a selection lets no derivative
         through from the branch a lane has not taken. If not, the lifted function is smaller.
@@ -1248,15 +1280,17 @@ def lift(jaxpr: Jaxpr | ClosedJaxpr, lane: Sequence[bool], kind: str, *, differe
     """
     lane = tuple(map(bool, lane))
     inner, consts = open_jaxpr(jaxpr)
-    if kind not in ("components", "arrays", "vmap"):
-        raise ValueError(f"unknown kind of lift {kind!r}: expected 'components', 'arrays' or 'vmap'")
+    if kind not in ("components", "arrays", "tiles", "vmap"):
+        raise ValueError(f"unknown kind of lift {kind!r}: expected 'components', 'arrays', 'tiles' or 'vmap'")
     if len(lane) != len(inner.invars) or not lane or not lane[0]:
         raise ValueError(
             f"lane needs one entry for each of {len(inner.invars)} inputs, the first True; got {lane}"
         )
     if len(inner.constvars) != len(consts) or any(isinstance(c, Tracer) for c in consts):
         raise ValueError("constants of the jaxpr without a known value: make them inputs")
-    return Lift(kind, kind != "arrays", jaxpr, lane, differentiated)
+    tiles = kind == "tiles"
+    kind = "arrays" if tiles else kind
+    return Lift(kind, kind != "arrays", jaxpr, lane, differentiated, tiles)
 
 
 def unsupported(
@@ -1387,6 +1421,59 @@ def _equation_obstacle(
         if moves and not all(indices):
             return f"{name} at an index that depends on the inputs", outs
     return None, outs
+
+
+# What tiles of threads can do: nothing that takes values apart or puts them together.
+_TILED = (
+    _ELEMENTWISE | frozenset(CALLS) | _CUSTOM | _names("broadcast_in_dim dot_general reduce_sum transpose")
+)
+
+
+def tile_obstacle(jaxpr: Jaxpr | ClosedJaxpr, lane: Sequence[bool]) -> str | None:
+    """None if the tiles lift can run this jaxpr and pays, else why not: a shape that is no power of two, a primitive, a
+    product of other than a shared matrix with a vector, or no product at all."""
+    reason = unsupported(jaxpr, lane)
+    if reason is not None:
+        return reason
+    try:
+        products = _tile_products(jaxpr, lane)
+    except _NoTiles as obstacle:
+        return str(obstacle)
+    return None if products else "no products with shared matrices"
+
+
+class _NoTiles(Exception):
+    pass
+
+
+def _tile_products(jaxpr: Any, lane: Sequence[bool]) -> int:
+    """The number of products. Raises _NoTiles."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
+    env.update(zip(jaxpr.invars, lane, strict=True))
+    count = 0
+    for v in (*jaxpr.invars, *(out for eqn in jaxpr.eqns for out in eqn.outvars)):
+        if any(size & (size - 1) or size == 0 for size in _aval(v).shape):
+            raise _NoTiles(f"shape {_aval(v).shape} is not of powers of two")
+    for eqn in jaxpr.eqns:
+        name = _name(eqn)
+        if name not in _TILED:
+            raise _NoTiles(f"{name} has no rule on tiles")
+        kinds = [env[a] if isinstance(a, Var) else False for a in eqn.invars]
+        inner = _inner(name, eqn)
+        if inner:
+            count += sum(_tile_products(i, kinds) for i in inner)
+        elif name == "dot_general":
+            (lc, _), batch = eqn.params["dimension_numbers"]
+            matrix, vector = eqn.invars[::-1] if kinds[0] else eqn.invars
+            if (
+                all(kinds) or not any(kinds) or any(batch) or len(lc) != 1
+                or len(_aval(matrix).shape) != 2 or len(_aval(vector).shape) != 1
+            ):  # fmt: skip
+                raise _NoTiles("a product of other than a shared matrix with a vector")
+            count += 1
+        env.update(zip(eqn.outvars, [any(kinds)] * len(eqn.outvars), strict=True))
+    return count
 
 
 def operation_count(jaxpr: Any) -> int:

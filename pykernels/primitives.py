@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from pykernels.kernels import body, cpu, cuda, xla
+from pykernels.kernels import body, cpu, cuda, pallas, xla
 from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels.launch import Image
 from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
 
@@ -63,6 +64,12 @@ def fail(value: jax.Array, failed: jax.Array) -> jax.Array:
     """A linear identity that turns what is not zero into NaN in failed lanes, forwards and backwards: a failed lane's used
     cotangent becomes NaN, an unused one stays exactly zero."""
     return fail_p.bind(value, jnp.broadcast_to(failed, value.shape))
+
+
+def permute(value: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
+    """`value[..., places]` for a permutation whose inverse is `back`. Its transposition gathers too, where that of an index
+    would be a scatter."""
+    return permute_p.bind(value, places, back)
 
 
 def _lanes(inputs: Sequence[Any], solve: Solve) -> int:
@@ -123,43 +130,91 @@ def _run_portable(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> 
     return xla.run(dataclasses.replace(kernel, solve=solve), operands, lanes)
 
 
-# The platforms with a native runner: why it does not run a kernel (None: it does), and how it does.
-_NATIVE: dict[str, tuple[Callable[[Kernel, int], str | None], Run]] = {
-    "cpu": (cpu.obstacle, cpu.run),
-    "cuda": (cuda.obstacle, cuda.run),
+class _Runner(NamedTuple):
+    """A runner of a platform: why it does not run a kernel (None: it does), how it does, and why it is the better one for a
+    kernel than those before it (None: it is not)."""
+
+    obstacle: Callable[[Kernel, int], str | None]
+    run: Run
+    preferred: Callable[[Kernel], str | None] = lambda kernel: None
+
+
+# The runners of each platform besides the portable one, by the names that `Config` knows; the first one is the default.
+_RUNNERS: dict[str, dict[str, _Runner]] = {
+    "cpu": {"native": _Runner(cpu.obstacle, cpu.run)},
+    "cuda": {
+        "native": _Runner(cuda.obstacle, cuda.run),
+        "pallas": _Runner(pallas.obstacle, pallas.run, pallas.preferred),
+    },
 }
 
 
 def _run_on(platform: str) -> Run:
-    """The platform's native runner, and the portable one for what it does not run."""
+    """The platform's runner for each kernel, and the portable one for what none of them runs."""
 
     def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
-        reason = native_obstacle(platform, kernel, lanes)
-        if reason is None:
-            return _NATIVE[platform][1](kernel, operands, lanes)
-        if kernel.solve.runner == "native":
-            raise ValueError(f"Config(runner='native') is not possible: {reason}")
+        name, reason = runner_of(platform, kernel, lanes)
+        if name != "xla":
+            return _RUNNERS[platform][name].run(kernel, operands, lanes)
+        if kernel.solve.runner in _RUNNERS[platform]:
+            raise ValueError(f"Config(runner={kernel.solve.runner!r}) is not possible: {reason}")
         return _run_portable(kernel, operands, lanes)
 
     return run
 
 
-def native_obstacle(platform: str, kernel: Kernel, lanes: int) -> str | None:
-    """Why a kernel is not run natively on a platform, or None if it is."""
-    if kernel.solve.runner == "xla":
-        return "asked for by config"
+def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
+    """The name of the runner that a kernel gets on a platform, "xla" for the portable one, and why.
+
+    The one asked for; else one that is preferred for this kernel; else the platform's first one without an obstacle.
+    """
+    asked = kernel.solve.runner
+    if asked == "xla":
+        return "xla", "asked for by config"
     if kernel.solve.kind == "vmap":
-        return "the array plan is XLA's"
-    return _NATIVE[platform][0](kernel, lanes)
+        return "xla", "the array plan is XLA's"
+    runners = _RUNNERS[platform]
+    if asked is not None:
+        obstacle = runners[asked].obstacle(kernel, lanes) if asked in runners else f"not on {platform}"
+        return ("xla", obstacle) if obstacle is not None else (asked, "asked for by config")
+    for name, runner in runners.items():
+        better = runner.preferred(kernel)
+        if better is not None and runner.obstacle(kernel, lanes) is None:
+            return name, better
+    obstacles: list[str] = []
+    for name, runner in runners.items():
+        obstacle = runner.obstacle(kernel, lanes)
+        if obstacle is None:
+            return name, "the default" if not obstacles else "; ".join(obstacles)
+        obstacles.append(obstacle)
+    return "xla", "; ".join(obstacles)
 
 
 def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[str, str, int]:
     """The runner a CPU takes for these kernels, why, and its lanes per block. No kernels: plain JAX."""
-    reasons = [native_obstacle("cpu", kernel, lanes) for kernel in kernels] or ["this adjoint is plain JAX"]
-    obstacle = next((reason for reason in reasons if reason is not None), None)
-    if obstacle is None:
-        return "native", "machine code through LLVM", cpu.width(solve, lanes)
-    return "xla", obstacle, xla.block_size(lanes, xla.wanted_block(solve))
+    chosen = [runner_of("cpu", kernel, lanes) for kernel in kernels] or [
+        ("xla", "this adjoint is plain JAX")
+    ]
+    for name, reason in chosen:
+        if name == "xla":
+            return name, reason, xla.block_size(lanes, xla.wanted_block(solve))
+    return "native", "machine code through LLVM", cpu.width(solve, lanes)
+
+
+# How each of a GPU's runners compiles a kernel for a compute capability.
+_IMAGES: dict[str, Callable[[Kernel, int], Image]] = {
+    "native": lambda kernel, capability: cuda.compiled(cuda.as_native(kernel), capability),
+}
+
+
+def gpu_images(kernels: Sequence[Kernel], lanes: int, capability: int) -> list[tuple[str, Image]] | str:
+    """For each kernel the runner that a GPU takes and what it compiles for a compute capability, or why there is nothing
+    compiled. No kernels: plain JAX."""
+    chosen = [runner_of("cuda", kernel, lanes) for kernel in kernels]
+    for name, reason in chosen or [("xla", "this adjoint is plain JAX")]:
+        if name not in _IMAGES:
+            return reason if name == "xla" else f"the {name} runner leaves compilation to XLA"
+    return [(name, _IMAGES[name](k, capability)) for (name, _), k in zip(chosen, kernels, strict=True)]
 
 
 def _define(
@@ -178,7 +233,7 @@ def _define(
     primitive.def_impl(jax.jit(eagerly, static_argnames=statics))
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, _lower(functools.partial(implementation, run=_run_portable)))
-    for platform in _NATIVE:
+    for platform in _RUNNERS:
         rule = _lower(functools.partial(implementation, run=_run_on(platform)))
         mlir.register_lowering(primitive, rule, platform=platform)
     return primitive
@@ -513,5 +568,41 @@ ad.primitive_jvps[fail_p] = lambda primals, tangents: (
 )
 ad.primitive_transposes[fail_p] = lambda ct, value, failed: (
     None if isinstance(ct, ad.Zero) else fail_p.bind(ct, failed),
+    None,
+)
+
+
+def _permute(value: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
+    if places.ndim > 1:  # batches, in front
+        return jax.vmap(_permute)(value, places, back)
+    return value.at[..., places].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _permute_batch(operands: Sequence[Any], dims: Sequence[int | None]) -> Any:
+    value, places, back = operands
+    dim, *of_places = dims
+    if dim is not None and of_places == [None, None] and places.ndim == 1:
+        return permute_p.bind(jnp.moveaxis(value, dim, 0), places, back), 0
+    size = _batch_size(operands, dims)
+    return permute_p.bind(*[
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(operands, dims, strict=True)
+    ]), 0  # fmt: skip
+
+
+permute_p = jex.Primitive("pykernels_permute")
+permute_p.def_impl(jax.jit(_permute))
+permute_p.def_abstract_eval(
+    lambda value, places, back: _abstract([jax.ShapeDtypeStruct(value.shape, value.dtype)], value)[0]
+)
+mlir.register_lowering(permute_p, _lower(lambda *operands: [_permute(*operands)]))
+batching.primitive_batchers[permute_p] = _permute_batch
+ad.primitive_jvps[permute_p] = lambda primals, tangents: (
+    permute_p.bind(*primals),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else permute_p.bind(tangents[0], *primals[1:]),
+)
+ad.primitive_transposes[permute_p] = lambda ct, value, places, back: (
+    None if isinstance(ct, ad.Zero) else permute_p.bind(ct, back, places),
+    None,
     None,
 )

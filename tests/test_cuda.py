@@ -21,10 +21,17 @@ import pytest
 import pykernels as pk
 from pykernels.kernels import cuda, launch
 from pykernels.kernels.body import Kernel
+from pykernels.kernels.disk import DiskCache
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 
 TSIT5 = {"method": pk.tsit5, "step": pk.Adaptive(1e-5, 1e-8)}
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test compiles anew."""
+    monkeypatch.setattr(cuda, "cache", DiskCache(None))
 
 
 def ptxas() -> Path:
@@ -162,6 +169,60 @@ def test_parameters_of_the_launch() -> None:
         arrays = len(kernel.operands) + len(kernel.results) + len(kernel.scratch)
         entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", image.ptx, re.DOTALL)
         assert entry is not None and entry[1].count(".param") == arrays + 1 + launch.SCRATCH_POINTERS
+
+
+SECOND = """
+import sys
+import jax
+import jax.numpy as jnp
+import pykernels as pk
+from pathlib import Path
+from pykernels.kernels import cuda
+from pykernels.kernels.disk import DiskCache
+cuda.cache = DiskCache(Path({folder!r}))
+def loss(y, p):
+    return jnp.sum(pk.solve(lambda t, y, p: -p * y, y, 0.0, 1.0, p).ys)
+text = jax.jit(jax.grad(loss)).trace(jnp.ones(2), 0.5).lower(lowering_platforms=("cuda",)).as_text()
+print(text.count("triton_kernel_call"), "llvmlite.binding" in sys.modules)
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    def run() -> list[str]:
+        code = SECOND.format(folder=str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert run() == ["2", "True"] and len(list(tmp_path.iterdir())) == 2
+    assert run() == ["2", "False"]
+
+
+def test_ptx_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is whole is found, and what is damaged, or of another architecture, made again."""
+    kernel = cuda.as_native(kernels(problems.LORENZ, np.float32, **TSIT5)[0])
+    made: list[int] = []
+    compile_ptx = cuda.compile_ptx
+
+    def counting(program: Any, kernel: Kernel, capability: int) -> str:
+        made.append(capability)
+        return compile_ptx(program, kernel, capability)
+
+    def again(capability: int = 90) -> launch.Image:
+        cuda.compiled.cache_clear()
+        cuda.program_of.cache_clear()
+        assert cuda.obstacle(kernel, 2) is None
+        return cuda.compiled(kernel, capability)
+
+    monkeypatch.setattr(cuda, "cache", DiskCache(tmp_path))
+    monkeypatch.setattr(cuda, "compile_ptx", counting)
+    image = again()
+    assert again() == image and made == [90]
+    assert again(80).ptx != image.ptx and made == [90, 80]
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert again() == image and again() == image and made == [90, 80, 90]
+    monkeypatch.setattr(cuda, "cache", DiskCache(None))
+    assert again() == image and made == [90, 80, 90, 90]
 
 
 def test_what_has_no_kernel_runs_portably() -> None:

@@ -130,6 +130,14 @@ def _store(ref: Any, index: tuple[Any, ...], value: Array) -> None:
         ref[(*index, ...)] = value
 
 
+def _merge(ref: Any, index: tuple[Any, ...], mask: Array, value: Array) -> None:
+    """Store in the lanes of the mask only. A runner's own view of a buffer may know better than to read the other lanes."""
+    if hasattr(ref, "merge"):
+        ref.merge(index, mask, value)
+    else:
+        _store(ref, index, jnp.where(mask, value, _load(ref, index)))
+
+
 class _Reader:
     """Values of a kernel's inputs from their Refs."""
 
@@ -396,8 +404,7 @@ class _Saver:
         method, position = self.stepper.method, 0
         for ref, shape in zip(self.refs, self.reader.solve.field.y_shapes, strict=True):
             for at in method.lift.pieces(shape):
-                index = (row, *at)
-                _store(ref, index, jnp.where(mask, pieces[position], _load(ref, index)))
+                _merge(ref, (row, *at), mask, pieces[position])
                 position += 1
 
 
@@ -819,7 +826,7 @@ class _Pullback:
 
     def _save_time_cotangent(self, row: Array, mask: Array, value: Array) -> None:
         if self.save_times_ref is not None:
-            self.save_times_ref[row, :] = jnp.where(mask, value, self.save_times_ref[row, :])
+            _merge(self.save_times_ref, (row,), mask, value)
 
     def _step_times(
         self, i: Array, cotangents: _Cotangents, t_ct: Array, h_ct: Array, accepted: Array, slope: Optional,

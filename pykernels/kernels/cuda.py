@@ -2,16 +2,19 @@
 
 A thread leaves its loops when its own lane is done; nothing is decided for a block of threads. Buffers with lanes keep the
 lane index fastest, so that neighbouring threads touch neighbouring memory. Sums over lanes (cotangents of shared operands)
-are one value per thread, which XLA adds.
+are accumulated per thread, added within each warp at the end, and the warps' sums by XLA: always in the same order.
 
 PTX comes from LLVM's NVPTX target and NVIDIA's libdevice, which is looked for where JAX's CUDA installation or Triton
 brought it; `launch.py` makes it part of a program. Division and square roots are rounded correctly; the other
 functions are CUDA's (CUDA C++ Programming Guide, "Mathematical Functions", gives their errors); no fast-math is used.
+
+PTX is kept on disk, named by what it is made from: a later process neither emits nor compiles a kernel it finds there.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -21,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pykernels.kernels import ir, llvm
+from pykernels.kernels import identity, ir, llvm
 from pykernels.kernels.body import Kernel
-from pykernels.kernels.ir import Argument, Program, Target, scalar_type
+from pykernels.kernels.disk import DiskCache, default_folder
+from pykernels.kernels.ir import Argument, Program, Target, scalar_type, warps_of
 from pykernels.kernels.launch import SCRATCH_POINTERS, Image, capability, launch
 from pykernels.kernels.llvm import as_native
 
@@ -33,6 +37,8 @@ WARPS = 2
 # ptxas takes 150 for the backward pass of three float64 states; with it 136, and nothing spills. Larger systems take what
 # they need.
 SMALL_ELEMENTS, REGISTERS = 3, {4: 80, 8: 136}
+# PTX in the disk cache is valid for one format of its entries.
+_FORMAT = 1
 _LIBDEVICE = (
     ("triton", "backends/nvidia/lib/libdevice.10.bc"),
     ("nvidia", "cuda_nvcc/nvvm/libdevice/libdevice.10.bc"),
@@ -66,7 +72,10 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
     largest = max(math.prod(buffer.shape) for buffer in buffers)
     if largest * lanes >= 1 << 32 or lanes >= 1 << 31:
         return f"{lanes} lanes of {largest} elements are too many for 32 bits: solve fewer at a time"
-    found = program_of(as_native(kernel))
+    kernel = as_native(kernel)
+    if _stored(kernel, capability()) is not None:
+        return None
+    found = program_of(kernel)
     return f"no native code for {found}" if isinstance(found, str) else None
 
 
@@ -80,7 +89,7 @@ def program_of(kernel: Kernel) -> Program | str:
 
 
 def arguments_of(kernel: Kernel) -> list[Argument]:
-    """The kernel's buffers, in order; sums have one partial value per thread."""
+    """The kernel's buffers, in order; sums have one partial value per warp."""
     return [
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes, constant=True) for b in kernel.operands],
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes, spread=not b.lanes) for b in kernel.results],
@@ -94,7 +103,10 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
     kernel = as_native(kernel)
-    types = [jax.ShapeDtypeStruct((*b.shape, lanes), b.dtype) for b in (*results, *kernel.scratch)]
+    types = [
+        jax.ShapeDtypeStruct((*b.shape, lanes if b.lanes else warps_of(lanes)), b.dtype)
+        for b in (*results, *kernel.scratch)
+    ]
     image = compiled(kernel, capability())
     outputs = launch(image, operands, types, -(-lanes // (32 * image.warps)), [lanes])
     return [
@@ -103,24 +115,74 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     ]
 
 
+cache = DiskCache(default_folder())
+"""PTX that earlier processes made; may be replaced by another `DiskCache`."""
+
+
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: Kernel, capability: int) -> Image:
-    """PTX of a kernel without an `obstacle`."""
+    """PTX of a kernel without an `obstacle`, from the disk cache if it is there."""
+    image = _stored(kernel, capability)
+    if image is not None:
+        return image
+    program = program_of(kernel)
+    assert isinstance(program, Program)
+    image = _image(kernel, compile_ptx(program, kernel, capability), capability)
+    name = _name_on_disk(kernel, capability)
+    if name is not None:
+        cache.write(name, image.ptx.encode())
+    return image
+
+
+def _stored(kernel: Kernel, capability: int) -> Image | None:
+    """A kernel that the disk cache has."""
+    name = _name_on_disk(kernel, capability)
+    ptx = None if name is None else cache.read(name)
+    return None if ptx is None else _image(kernel, ptx.decode(), capability)
+
+
+def _image(kernel: Kernel, ptx: str, capability: int) -> Image:
+    return Image(_entry_name(kernel), ptx, capability, WARPS)
+
+
+def _entry_name(kernel: Kernel) -> str:
+    return "pykernels_backward" if kernel.wrt is not None else "pykernels_forward"
+
+
+@functools.lru_cache(maxsize=256)
+def _name_on_disk(kernel: Kernel, capability: int) -> str | None:
+    """A hash of everything a kernel's PTX depends on, None if something in it has no name. llvmlite's version is also
+    LLVM's, which every build of it contains."""
+    import llvmlite
+
+    path = libdevice()
+    assert path is not None
+    mathematics = hashlib.sha256(path.read_bytes()).hexdigest()
+    versions = (_FORMAT, llvmlite.__version__, mathematics)
+    return identity.digest(("ptx", kernel, capability, _registers(kernel), versions))
+
+
+def _registers(kernel: Kernel) -> int | None:
+    """Most registers a thread may have, None: as many as it takes."""
+    field = kernel.solve.field
+    return REGISTERS[field.dtype.itemsize] if field.elements <= SMALL_ELEMENTS else None
+
+
+def compile_ptx(program: Program, kernel: Kernel, capability: int) -> str:
+    """PTX of a kernel's program."""
     import llvmlite.binding as binding
 
-    program = program_of(kernel)
     path = libdevice()
-    assert isinstance(program, Program) and path is not None
-    name = "pykernels_backward" if kernel.wrt is not None else "pykernels_forward"
-    arguments = arguments_of(kernel)
+    assert path is not None
+    name, arguments = _entry_name(kernel), arguments_of(kernel)
     _initialize()
-    field = kernel.solve.field
-    cap = REGISTERS[field.dtype.itemsize] if field.elements <= SMALL_ELEMENTS else None
-    text = "\n".join([definitions(program), program.ir, entry(name, arguments, cap)])
+    text = "\n".join([definitions(program), program.ir, entry(name, arguments, _registers(kernel))])
     module = binding.parse_assembly(text)
     module.triple = "nvptx64-nvidia-cuda"
+    # The oldest PTX that an architecture has: drivers refuse what is newer than they are.
+    features = "+ptx80" if capability <= 90 else ""
     machine = binding.Target.from_triple(module.triple).create_target_machine(
-        cpu=f"sm_{capability}", features="+ptx80", opt=3
+        cpu=f"sm_{capability}", features=features, opt=3
     )
     module.data_layout = str(machine.target_data)
     library = binding.parse_bitcode(path.read_bytes())
@@ -130,7 +192,7 @@ def compiled(kernel: Kernel, capability: int) -> Image:
         if not function.is_declaration and function.name != name:
             function.linkage = "internal"
     llvm.optimise(module, machine)
-    return Image(name, machine.emit_assembly(module), capability, WARPS)
+    return machine.emit_assembly(module)
 
 
 @functools.cache

@@ -45,14 +45,23 @@ class Target:
 
 @dataclass(frozen=True)
 class Argument:
-    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes. `constant`: never written. `spread`:
-    without lanes in the body, but one value per lane in memory, where sums over blocks of one lane are made elsewhere."""
+    """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes. `constant`: never written. `spread`,
+    where a lane is a thread: without lanes in the body, in memory sums over the threads of a warp, `warps_of(lanes)` of
+    them; its stride is the number of lanes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     lanes: bool
     constant: bool = False
     spread: bool = False
+
+
+WARP = 32
+
+
+def warps_of(lanes: int) -> int:
+    """Warps that hold so many threads."""
+    return -(-lanes // WARP)
 
 
 @dataclass(frozen=True)
@@ -466,7 +475,7 @@ class Writer:
             place = self.convert(cell, dtype, whole).text
             scaled = place if step == 1 else self.result(f"mul {kind} {place}, {step}", False).text
             offset = self._sum(kind, offset, scaled)
-        has_lanes = ref.argument.lanes or ref.argument.spread
+        has_lanes = ref.argument.lanes
         if has_lanes and offset != "0":
             offset = self.result(f"mul {kind} {offset}, %s{ref.number}", False).text
         if self.target.thread:
@@ -474,6 +483,63 @@ class Writer:
             offset = offset if offset.isdigit() else self.result(f"zext i32 {offset} to i64", False).text
         item = self._stored(ref.argument.dtype)
         return self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {offset}", False).text
+
+    def store_totals(self, ref: Ref, offsets: Sequence[int], cells: Sequence[Cell]) -> None:
+        """Write sums over the threads of each warp, always in the same order, to a `spread` buffer.
+
+        The last warp may lack threads behind the ensemble's end, which have left: the others know how many, and do not ask.
+        """
+        lanes, dtype, word = f"%s{ref.number}", ref.argument.dtype, np.dtype(np.int32)
+
+        def i32(expression: str) -> Cell:
+            return self.result(expression, False)
+
+        place, warp = i32(f"and i32 %lane, {WARP - 1}"), i32(f"lshr i32 %lane, {WARP.bit_length() - 1}")
+        rest = i32(f"sub i32 {lanes}, {i32(f'sub i32 %lane, {place.text}').text}")
+        members = self.select(i32(f"icmp slt i32 {rest.text}, {WARP}"), rest, known(WARP, word), word)
+        mask = i32(f"lshr i32 -1, {i32(f'sub i32 {WARP}, {self.text(members, word, False)}').text}")
+        distances = [1 << i for i in reversed(range(WARP.bit_length() - 1))]
+        partners = [
+            i32(f"icmp slt i32 {i32(f'add i32 {place.text}, {d}').text}, {members.text}") for d in distances
+        ]
+        totals = []
+        for cell in cells:
+            total = self.value(cell, dtype)
+            for distance, present in zip(distances, partners, strict=True):
+                other = self._shuffled(total, dtype, mask.text, distance)
+                total = self.binary("fadd", dtype, total, self.select(present, other, known(0, dtype), dtype))
+            totals.append(total)
+        count = i32(f"lshr i32 {i32(f'add i32 {lanes}, {WARP - 1}').text}, {WARP.bit_length() - 1}").text
+
+        def write() -> list[Cell]:
+            for offset, total in zip(offsets, totals, strict=True):
+                at = i32(f"add i32 {i32(f'mul i32 {count}, {offset}').text}, {warp.text}").text
+                wide = i32(f"zext i32 {at} to i64").text
+                item = self._stored(dtype)
+                pointer = self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {wide}", False).text
+                self.store(pointer, total, dtype, False)
+            return []
+
+        self.branch(place, [write, list], [])
+
+    def _shuffled(self, cell: Cell, dtype: np.dtype, mask: str, distance: int) -> Cell:
+        """The cell of the thread that many places on; the instruction moves 32 bits."""
+        word, kind = np.dtype(np.int32), self.type(dtype, False)
+
+        def moved(text: str) -> str:
+            operands = [("i32", mask), ("i32", text), ("i32", str(distance)), ("i32", str(WARP - 1))]
+            return self.call("llvm.nvvm.shfl.sync.down.i32", "i32", operands, False).text
+
+        text = self.text(cell, dtype, False)
+        if dtype.itemsize == word.itemsize:
+            bits = self.result(f"bitcast {kind} {text} to i32", False).text
+            return self.result(f"bitcast i32 {moved(bits)} to {kind}", False)
+        bits = self.result(f"bitcast {kind} {text} to <2 x i32>", False).text
+        halves = [self.result(f"extractelement <2 x i32> {bits}, i32 {i}", False).text for i in (0, 1)]
+        pair = "poison"
+        for i, half in enumerate(halves):
+            pair = self.result(f"insertelement <2 x i32> {pair}, i32 {moved(half)}, i32 {i}", False).text
+        return self.result(f"bitcast <2 x i32> {pair} to {kind}", False)
 
     def _sum(self, kind: str, a: str, b: str) -> str:
         if a.isdigit() and b.isdigit():

@@ -70,7 +70,7 @@ def encode(image: Image, blocks: int, arrays: int, scalars: Sequence[int]) -> by
     array = _bytes(5, _bytes(1, _number(2, 8)))
     call = _bytes(1, kernel) + _number(2, blocks) + _number(3, 1) + _number(4, 1)
     call += array * arrays + b"".join(_bytes(5, _number(3, scalar)) for scalar in scalars)
-    return zlib.compress(_bytes(1, call) + _bytes(3, image.name.encode()))
+    return zlib.compress(_bytes(1, call) + _bytes(4, image.name.encode()))
 
 
 def launch(

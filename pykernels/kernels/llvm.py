@@ -321,6 +321,11 @@ def _swap(e: Emitter, eqn: JaxprEqn, ref: Ref, value: Array, *index: Any) -> Arr
     dynamic, offsets, shape = _place(e, eqn, ref, 2, index)
     lanes, dtype, write = ref.argument.lanes, ref.argument.dtype, e.write
     unused = type(eqn.outvars[0]).__name__ == "DropVar"
+    if ref.argument.spread:
+        if dynamic:
+            raise Unsupported("a sum over lanes that is written in turns")
+        write.store_totals(ref, offsets, list(np.broadcast_to(value, shape).reshape(-1)))
+        return _array([Cell() for _ in offsets], shape)
     old = []
     for offset, cell in zip(offsets, np.broadcast_to(value, shape).reshape(-1), strict=True):
         pointer = write.address(ref, dynamic, offset)

@@ -38,8 +38,8 @@ class Solve:
 
     `lane[i]` tells whether input i has a lane axis. Inputs, in order: t0, t1, dt0 if `has_dt0`, the save times if `saves`,
     the leaves of y0 (always with lanes), the field's operands. `kind` is the lift (see `lanes.py`) or "small": components or
-    arrays as the runner chooses. `block` is the wanted number of lanes per block, 0: the runner chooses. `runner` is the
-    runner asked for, None: the platform's.
+    arrays as the runner chooses; "registers": components, for a runner that keeps a whole attempt in registers. `block` is
+    the wanted number of lanes per block, 0: the runner chooses. `runner` is the runner asked for, None: the platform's.
     """
 
     field: Field
@@ -120,11 +120,12 @@ class Method:
         self.tableau = solve.method
         count = 1 + len(solve.field.y_shapes)
         lane = (*(True,) * count, *solve.lane[solve.first_operand :])
-        if spread is not None and solve.kind != "arrays":
+        if spread is not None and solve.kind not in ("arrays", "tiles"):
             lane = tuple(
                 a or b for a, b in zip(lane, (*(True,) * count, *spread[solve.first_operand :]), strict=True)
             )
-        self.lift: Lift = lift(solve.field.jaxpr, lane, solve.kind, differentiated=differentiated)
+        kind = "components" if solve.kind == "registers" else solve.kind
+        self.lift: Lift = lift(solve.field.jaxpr, lane, kind, differentiated=differentiated)
         self._counts = [len(self.lift.pieces(shape)) for shape in solve.field.y_shapes]
 
     def field(self, t: Array, y: Pieces, operands: list[Pieces], mask: Array | None = None) -> Pieces:
