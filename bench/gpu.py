@@ -1,14 +1,15 @@
 """pykernels on an NVIDIA GPU, proved and then timed, by one command of less than nine minutes.
 
     python bench/gpu.py --output gpu.json           all of it; also prints the tables in Markdown
-    python bench/gpu.py --only lorenz               the cases whose name contains "lorenz"
+    python bench/gpu.py --only lorenz coupled       the cases whose name contains one of these
     python bench/gpu.py --runners native            one of the two runners
     python bench/gpu.py --rehearse                  the same at tiny sizes with the CPU's runners: no figures worth keeping
 
 First the numerical suite: every reference problem's values and gradients by every runner, against the portable runner on the
-CPU. Then the times of value, and of value and gradient, against diffrax and, where it is installed, gradsolve. A program whose
-answer is wrong gets a line that says so and no time, and the exit status is 1. When the time is up, what is left is skipped,
-with a line each; JSON is written after every case, so a run that is cut off leaves what it had.
+CPU. Then the times of value, and of value and gradient, against diffrax and, where it is installed, gradsolve. A program
+whose answer is wrong gets a line that says so and no time, and if it is one of pykernels' the exit status is 1. When the
+time is up, what is left is skipped, with a line each; JSON is written after every case, so that a run which is cut off
+leaves something.
 
 Needs jax with CUDA, llvmlite, libdevice (pykernels[cuda], or CUDA's own wheels) and, for the comparison, diffrax.
 """
@@ -19,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -26,7 +28,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,51 +45,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import problems
 
 BUDGET_SECONDS = 520.0
-# The numerical suite may take so much of it.
-SUITE_SHARE = 0.45
-# No program is started that would probably not end in time; one takes about this long before there is a longer one.
+# The numerical suite may take so much of it. What is left then may be waited for references, to such a part: while they are
+# computed, compile times are a little longer.
+SUITE_SHARE, WAIT_SHARE = 0.45, 0.1
+# No program is started that would probably not end in time; an entrant's first is taken to take this long.
 PROGRAM_SECONDS = 12.0
 FIRST_STEP = 0.01
 # Of a measurement: samples of each program, interleaved, each long enough for the clock; fewer for slow programs.
-SAMPLES, SAMPLE_SECONDS, CASE_SECONDS = 7, 0.01, 8.0
+SAMPLES, SAMPLE_SECONDS, CASE_SECONDS = 7, 0.01, 4.0
 # Trajectories of an ensemble that are solved by the reference too.
 REFERENCE_LANES = 64
 SUITE_LANES = 37
-# How far results may be from the reference, relative to its largest value. Kernels follow the reference's decisions; other
-# libraries have their own, and are right to their tolerances.
-EXACT, ALIKE = 1e-10, 1e-3
+# How far float64 results may be from the reference, relative to its largest value. pykernels' runners and diffrax take the
+# same steps; gradsolve has its own, and is right to its tolerances.
+EXACT, ALIKE, TOLERANT = 1e-10, 1e-9, 1e-3
+# How far float32 results may be in any case.
+ROUNDED = 1e-2
+# Fractions i * GOLDEN modulo 1 fill the unit interval evenly, and the first ones of any number are the same.
+GOLDEN = (5**0.5 - 1) / 2
 
 Runner = Literal["native", "pallas", "xla"]
 
 
 class Budget:
-    """The time that is left, and how long a program has taken so far."""
+    """The time that is left, and the longest that each entrant's programs have taken so far."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, longest: dict[str, float] | None = None) -> None:
         self.end = time.perf_counter() + seconds
-        self.longest = min(PROGRAM_SECONDS, seconds / 8)
+        self.usual = min(PROGRAM_SECONDS, seconds / 8)
+        self.longest: dict[str, float] = {} if longest is None else longest
 
     def left(self) -> float:
-        return self.end - time.perf_counter()
+        return max(self.end - time.perf_counter(), 0.0)
 
-    def allows(self) -> bool:
+    def allows(self, entrant: str = "") -> bool:
         """Whether another program will probably end in time."""
-        return self.left() > self.longest
+        return self.left() > self.longest.get(entrant, self.usual)
+
+    def took(self, entrant: str, seconds: float) -> None:
+        self.longest[entrant] = max(self.longest.get(entrant, 0.0), seconds)
 
     def part(self, share: float) -> Budget:
         """A budget that ends after this share of what is left."""
-        made = Budget(self.left() * share)
-        made.longest = self.longest
-        return made
-
-    def took(self, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
+        return Budget(self.left() * share, self.longest)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program computed, in NumPy and float64: the loss, every trajectory's final state, attempts (None: not told), and
-    the gradient's leaves, if there is one."""
+    """What a program computed, in NumPy and float64: the loss, all final states, attempts (None: not told), and the leaves
+    of the gradient, of which there are none in a program for the value alone."""
 
     loss: float
     states: list[np.ndarray]
@@ -97,8 +104,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Trajectories to solve. `args` are in two parts, one with a value per trajectory, one shared by all; the gradient is by both.
-    The field gets both parts merged by `merge`. Arrays are NumPy's in float64."""
+    """Trajectories to solve. Arguments are in two parts, one with a value per trajectory, one shared by all, which `merge`
+    makes the field's arguments of; gradients are by both. Arrays are NumPy's in float64."""
 
     field: Callable[[Any, Any, Any], Any]
     y0s: Any
@@ -115,16 +122,11 @@ class Ensemble:
     def lanes(self) -> int:
         return int(jax.tree.leaves(self.y0s)[0].shape[0])
 
-    def first(self, lanes: int) -> Ensemble:
-        """The ensemble of its first trajectories."""
-        y0s, own = jax.tree.map(lambda a: a[:lanes], (self.y0s, self.own))
-        return dataclasses.replace(self, y0s=y0s, own=own)
-
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program with its inputs on the device. `run` starts it and waits; `overhead` is what else a user of it waits
-    for, in seconds, without compilation."""
+    """A compiled program with its inputs on the device. `run` starts it and waits; `overhead` is how many seconds its user
+    waits for something else, compilation excepted."""
 
     run: Callable[[], Any]
     compile_seconds: float
@@ -147,13 +149,32 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table for each entrant."""
+    """A line of the table for each entrant. `make` gives an ensemble of any size, the first trajectories being the same; if
+    its arguments are shared by trajectories, `shared` must say so."""
 
-    name: str
-    ensemble: Callable[[], Ensemble]
+    family: str
+    make: Callable[[int], Ensemble]
+    lanes: int
     dtype: str
     gradient: bool
     entrants: Sequence[Entrant]
+    shared: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.lanes:,}"
+
+    @property
+    def kind(self) -> str:
+        return "gradient" if self.gradient else "value"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}, {self.kind}"
+
+    @property
+    def reference_lanes(self) -> int:
+        """A gradient by shared arguments is a sum over all trajectories, so all are solved for it; else some are enough."""
+        return self.lanes if self.shared else min(self.lanes, REFERENCE_LANES)
 
 
 @dataclass
@@ -188,7 +209,9 @@ class Report:
     finished: bool = False
 
     def wrong(self) -> list[Row]:
-        return [row for row in (*self.suite, *self.rows) if row.reason is not None]
+        """What is not right among pykernels' own."""
+        rows = (*self.suite, *self.rows)
+        return [row for row in rows if row.reason is not None and row.entrant.startswith("pykernels")]
 
     def write(self, path: Path | None) -> None:
         """To a file, whole or not at all."""
@@ -203,8 +226,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--runners", default="", help="pykernels' runners, with commas (default: all)")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--runners", nargs="+", choices=["native", "pallas", "xla"], help="(default: all)")
+    parser.add_argument("--alone", action="store_true", help="without other libraries")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for all of it")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args()
@@ -217,27 +241,37 @@ def main() -> int:
         jax.config.update("jax_platforms", "cpu")
     elif jax.default_backend() != "gpu":
         parser.error("no GPU here; --rehearse runs this on the CPU")
-    runners = (
-        options.runners.split(",") if options.runners else ["native", "xla" if options.rehearse else "pallas"]
-    )
+    runners = options.runners or ["native", "xla" if options.rehearse else "pallas"]
     report = Report(setting())
     stop = threading.Timer(options.budget + 15, _give_up, [report, options.output])
     stop.daemon = True
     stop.start()
     print(", ".join(f"{key} {value}" for key, value in report.setting.items()), flush=True)
-    suite(report, budget.part(SUITE_SHARE), runners, options.only, options.output)
-    for case in cases(runners, options.rehearse):
-        if options.only in case.name:
-            measure(case, report, budget)
-            report.seconds = time.perf_counter() - started
-            report.write(options.output)
+    named = [
+        case for case in cases(runners, options.rehearse, options.alone) if chosen(case.name, options.only)
+    ]
+    proofs = [proof for proof in suite(runners) if chosen(proof.name, options.only)]
+    references = References()
+    for case in (*proofs, *named):
+        references.ask(case)
+    check_all(proofs, report, budget.part(SUITE_SHARE), references)
+    references.wait(budget.left() * WAIT_SHARE)
+    for case in named:
+        measure(case, report, budget, references)
+        report.seconds = time.perf_counter() - started
+        report.write(options.output)
     report.finished = True
     report.seconds = time.perf_counter() - started
     report.write(options.output)
-    print("", table(report), "", f"{report.seconds:.0f} s", sep="\n")
+    print("", table(report), "", f"{report.seconds:.0f} s", sep="\n", flush=True)
     for row in report.wrong():
-        print(f"WRONG {row.case}, {row.entrant}: {row.reason}", file=sys.stderr)
+        print(f"WRONG {row.case}, {row.dtype}, {row.kind}, {row.entrant}: {row.reason}", file=sys.stderr)
+    references.close()
     return 1 if report.wrong() else 0
+
+
+def chosen(name: str, only: Sequence[str]) -> bool:
+    return any(part in name for part in only)
 
 
 def _give_up(report: Report, path: Path | None) -> None:
@@ -324,7 +358,7 @@ def gradsolve() -> Entrant:
 
         return Program(run, compile_seconds, program.memory_analysis().temp_size_in_bytes, seconds)
 
-    return Entrant("gradsolve", build, ALIKE)
+    return Entrant("gradsolve", build, TOLERANT)
 
 
 def compiled(
@@ -339,9 +373,12 @@ def compiled(
     def forward(args: tuple[Any, Any], y0s: Any) -> Any:
         return loss(args, y0s), None
 
-    inputs = jax.tree.map(lambda a: jnp.asarray(a, dtype), ((ensemble.own, ensemble.shared), ensemble.y0s))
     function = jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else forward)
-    seconds, program = timed(lambda: function.lower(*inputs).compile())
+    # float32 programs are traced with float64 off, as their users would run them.
+    with jax.enable_x64(dtype == "float64"):
+        given = ((ensemble.own, ensemble.shared), ensemble.y0s)
+        inputs = jax.tree.map(lambda a: jnp.asarray(a, dtype), given)
+        seconds, program = timed(lambda: function.lower(*inputs).compile())
 
     def run() -> Any:
         return jax.block_until_ready(program(*inputs))
@@ -372,63 +409,75 @@ def answer_of(result: Any) -> Answer:
 
 @dataclass(frozen=True)
 class Reference:
-    """The portable runner's answers on the CPU for the first trajectories of an ensemble: in float64, and in the case's dtype,
-    which says how far rounding alone leads."""
+    """The portable runner's answers on the CPU for an ensemble's first trajectories: in float64, and in float32, which says
+    how far rounding alone leads."""
 
     exact: Answer
     rounded: Answer
     lanes: int
-    whole: bool  # whether these are all trajectories
 
 
-def reference_of(ensemble: Ensemble, dtype: str, gradient: bool) -> Reference:
-    """With shared arguments their gradient is a sum over the whole ensemble, so all of it is solved."""
-    whole = bool(jax.tree.leaves(ensemble.shared)) or ensemble.lanes <= REFERENCE_LANES
-    lanes = ensemble.lanes if whole else REFERENCE_LANES
-    part = ensemble.first(lanes)
+def reference_of(ensemble: Ensemble) -> Reference:
     (cpu, *_) = jax.devices("cpu")
     with jax.default_device(cpu):
         build = pykernels("xla").build
-        exact = answer_of(build(part, "float64", gradient).run())
-        rounded = exact if dtype == "float64" else answer_of(build(part, dtype, gradient).run())
-    return Reference(exact, rounded, lanes, whole)
+        answers = [answer_of(build(ensemble, dtype, True).run()) for dtype in ("float64", "float32")]
+    return Reference(answers[0], answers[1], ensemble.lanes)
 
 
-def check(answer: Answer, reference: Reference, tolerance: float) -> tuple[float, str | None]:
+class References:
+    """References that are computed by a thread beside everything else, once for all the cases that share one."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.made: dict[tuple[str, int], Future[Reference]] = {}
+
+    def ask(self, case: Case) -> Future[Reference]:
+        lanes = case.reference_lanes
+        if (case.family, lanes) not in self.made:
+            future = self.pool.submit(lambda: reference_of(case.make(lanes)))
+            self.made[case.family, lanes] = future
+        return self.made[case.family, lanes]
+
+    def wait(self, seconds: float) -> None:
+        wait(self.made.values(), timeout=seconds)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check(
+    answer: Answer, reference: Reference, dtype: str, gradient: bool, tolerance: float
+) -> tuple[float, str | None]:
     """The largest error relative to the reference's largest values, and why the answer is wrong, or None.
 
-    In float32 an answer may be three times further from the float64 one than the portable runner's is, or 64 roundings:
-    rounding moves the sizes of steps.
+    A float32 answer may be three times further from the float64 one than the portable runner's is, or 64 roundings, since
+    rounding moves the sizes of steps; but no further than `ROUNDED`.
     """
     largest = 0.0
-    for what in ("states", "own", "shared"):
-        for got, exact, rounded in zip(
-            getattr(answer, what),
-            getattr(reference.exact, what),
-            getattr(reference.rounded, what),
-            strict=True,
-        ):
+    for what in ("states", "own", "shared") if gradient else ("states",):
+        leaves = [getattr(each, what) for each in (answer, reference.exact, reference.rounded)]
+        for got, exact, rounded in zip(*leaves, strict=True):
             if not np.all(np.isfinite(got)):
-                return float("inf"), f"{what}: not finite"
-            got = got if what == "shared" else got[: reference.lanes]
-            scale = max(float(np.max(np.abs(exact), initial=0.0)), 1e-12)
-            error = float(np.max(np.abs(got - exact), initial=0.0)) / scale
-            allowed = tolerance
-            if reference.rounded is not reference.exact:
-                portable = float(np.max(np.abs(rounded - exact), initial=0.0)) / scale
-                allowed = max(3 * portable, 64 * float(np.finfo(np.float32).eps), tolerance)
+                return largest, f"{what}: not finite"
+            mine = got if what == "shared" else got[: reference.lanes]
+            scale = max(float(np.max(np.abs(exact))), 1e-12)
+            error, portable = (float(np.max(np.abs(a - exact))) / scale for a in (mine, rounded))
+            few = min(max(3 * portable, 64 * float(np.finfo(np.float32).eps)), ROUNDED)
+            allowed = tolerance if dtype == "float64" else max(tolerance, few)
             largest = max(largest, error)
-            if not error <= allowed:
+            if error > allowed:
                 return largest, f"{what}: error {error:.1e}, allowed {allowed:.1e}"
-    # Trajectories beyond the reference's are only known by the loss, which is the sum over all.
+    # Of trajectories beyond the reference's, the loss is known to be the sum over all.
     total = sum(float(np.sum(leaf**2)) for leaf in answer.states)
     if not abs(total - answer.loss) <= 1e-4 * abs(total):
         return largest, f"the loss {answer.loss:.6g} is not that of the states, {total:.6g}"
-    exact_attempts = reference.exact.attempts
-    if answer.attempts is not None and tolerance == EXACT and exact_attempts is not None:
-        wanted, got_attempts = int(exact_attempts.sum()), int(answer.attempts[: reference.lanes].sum())
-        if abs(got_attempts - wanted) > (0 if reference.rounded is reference.exact else 0.05 * wanted):
-            return largest, f"{got_attempts} attempts, the reference made {wanted}"
+    if answer.attempts is not None and tolerance == EXACT:
+        made, wanted = (
+            int(np.sum(counts[: reference.lanes])) for counts in (answer.attempts, reference.exact.attempts)
+        )
+        if abs(made - wanted) > (0 if dtype == "float64" else 0.05 * wanted):
+            return largest, f"{made} attempts, the reference made {wanted}"
     return largest, None
 
 
@@ -437,42 +486,37 @@ def check(answer: Answer, reference: Reference, tolerance: float) -> tuple[float
 SUITE_METHODS = (pk.tsit5, pk.dopri5, pk.bosh3, pk.rk4, pk.euler)
 
 
-def suite(
-    report: Report, budget: Budget, runners: Sequence[Runner], only: str = "", path: Path | None = None
-) -> None:
+def suite(runners: Sequence[Runner]) -> list[Case]:
     """Values and gradients of the reference problems, each by one of the methods, by every runner in both dtypes."""
+    made = []
     for i, problem in enumerate(problems.PROBLEMS):
-        name = f"suite, {problem.name}"
-        if only not in name:
-            continue
-        if not budget.allows():
-            skip(report, name)
-            continue
-        ensemble = suite_ensemble(problem, SUITE_METHODS[i % len(SUITE_METHODS)], shared=i % 2 == 1)
+        method = SUITE_METHODS[i % len(SUITE_METHODS)]
+        shared = i % 2 == 1 or problem in (problems.COUPLED, problems.PERCEPTRON)
+        make = functools.partial(suite_ensemble, problem, method, shared)
         for dtype in ("float64", "float32"):
-            reference = reference_of(ensemble, dtype, True)
-            for runner in runners:
-                row = Row(f"{name}, {ensemble.method.name}", runner, ensemble.lanes, dtype, "gradient")
-                start = time.perf_counter()
-                prove(row, pykernels(runner), ensemble, reference, True)
-                budget.took(time.perf_counter() - start)
-                report.suite.append(row)
-                print(
-                    f"{row.case}, {dtype}, {runner}: {row.reason or f'right, error {row.error:.1e}'}",
-                    flush=True,
-                )
-        report.write(path)
+            entrants = [pykernels(runner) for runner in runners]
+            family = f"suite {problem.name} {method.name}"
+            made.append(Case(family, make, SUITE_LANES, dtype, True, entrants, shared))
+    return made
 
 
-def suite_ensemble(problem: problems.Problem, method: pk.ButcherTableau, shared: bool) -> Ensemble:
-    """Some trajectories of a problem over a fifth of its span; matrices are always shared."""
-    y0s, args = problems.spread(problem.y0(), SUITE_LANES), problem.args()
-    shared = shared or problem in (problems.COUPLED, problems.PERCEPTRON)
+def suite_ensemble(
+    problem: problems.Problem, method: pk.ButcherTableau, shared: bool, lanes: int
+) -> Ensemble:
+    """Some trajectories of a problem over a fifth of its span."""
+    y0s, args = problems.spread(problem.y0(), lanes), problem.args()
     return Ensemble(
-        problem.field, y0s, () if shared else problems.spread(args, SUITE_LANES), args if shared else (),
+        problem.field, y0s, () if shared else problems.spread(args, lanes), args if shared else (),
         problem.t0, problem.t0 + 0.2 * (problem.t1 - problem.t0), only_shared if shared else only_own,
         method, pk.Fixed(16) if method.error is None else pk.Adaptive(1e-4, 1e-6), 128,
     )  # fmt: skip
+
+
+def check_all(proofs: Sequence[Case], report: Report, budget: Budget, references: References) -> None:
+    """A row of the suite for each entrant of each case."""
+    for case in proofs:
+        for row, _ in proved(case, report.suite, report, budget, references):
+            print(f"{case}, {row.entrant}: right, error {row.error:.1e}", flush=True)
 
 
 def only_own(own: Any, shared: Any) -> Any:
@@ -484,17 +528,18 @@ def only_shared(own: Any, shared: Any) -> Any:
 
 
 def prove(
-    row: Row, entrant: Entrant, ensemble: Ensemble, reference: Reference, gradient: bool
-) -> Program | None:
-    """Compile and run a program, and fill in its row; the program if its answer is right."""
+    case: Case, entrant: Entrant, ensemble: Ensemble, reference: Reference
+) -> tuple[Row, Program | None]:
+    """Compile and run an entrant's program: its row, without times, and the program if its answer is right."""
+    row = Row(case.name, entrant.name, ensemble.lanes, case.dtype, case.kind)
     try:
-        program = entrant.build(ensemble, row.dtype, gradient)
+        program = entrant.build(ensemble, case.dtype, case.gradient)
         seconds, result = timed(program.run)
         again = min(seconds, timed(program.run)[0])
     except Exception as error:
-        # Whatever one program breaks by, out of memory for one, the others are still to be measured.
-        row.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-        return None
+        # Whatever a program breaks by, as for want of memory, the others are still to be measured.
+        row.reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return row, None
     answer = answer_of(result)
     # Kernels' machine code is made when they are first run.
     row.compile_seconds = program.compile_seconds + seconds - again
@@ -502,8 +547,34 @@ def prove(
     row.peak_bytes = peak_bytes()
     if answer.attempts is not None:
         row.attempts = [int(answer.attempts.min()), int(answer.attempts.max())]
-    row.error, row.reason = check(answer, reference, entrant.tolerance)
-    return program if row.reason is None else None
+    row.error, row.reason = check(answer, reference, case.dtype, case.gradient, entrant.tolerance)
+    return row, program if row.reason is None else None
+
+
+def proved(
+    case: Case, rows: list[Row], report: Report, budget: Budget, references: References
+) -> Iterator[tuple[Row, Program]]:
+    """The programs of a case whose answers are right, with their rows; adds all rows. Skips what there is no time for."""
+    if not budget.allows():
+        skip(report, str(case))
+        return
+    try:
+        reference = references.ask(case).result(timeout=budget.left())
+    except TimeoutError:
+        skip(report, f"{case}, waiting for the reference")
+        return
+    ensemble = case.make(case.lanes)
+    for entrant in case.entrants:
+        if not budget.allows(entrant.name):
+            skip(report, f"{case}, {entrant.name}")
+            continue
+        seconds, (row, program) = timed(functools.partial(prove, case, entrant, ensemble, reference))
+        budget.took(entrant.name, seconds)
+        rows.append(row)
+        if program is not None:
+            yield row, program
+        else:
+            print(f"{case}, {entrant.name}: {row.reason}", flush=True)
 
 
 def peak_bytes() -> int | None:
@@ -515,36 +586,13 @@ def peak_bytes() -> int | None:
 # Times.
 
 
-def measure(case: Case, report: Report, budget: Budget) -> None:
-    """A row for each entrant of a case: proved first, and only what is right is timed, interleaved."""
-    kind = "gradient" if case.gradient else "value"
-    if not budget.allows():
-        skip(report, f"{case.name}, {case.dtype}, {kind}")
-        return
-    ensemble = case.ensemble()
-    start = time.perf_counter()
-    reference = reference_of(ensemble, case.dtype, case.gradient)
-    budget.took(time.perf_counter() - start)
-    proved: list[tuple[Row, Program]] = []
-    for entrant in case.entrants:
-        row = Row(case.name, entrant.name, ensemble.lanes, case.dtype, kind)
-        if not budget.allows():
-            skip(report, f"{case.name}, {case.dtype}, {kind}, {entrant.name}")
-            continue
-        start = time.perf_counter()
-        program = prove(row, entrant, ensemble, reference, case.gradient)
-        budget.took(time.perf_counter() - start)
-        report.rows.append(row)
-        if program is not None:
-            proved.append((row, program))
-        else:
-            print(f"{case.name}, {case.dtype}, {kind}, {entrant.name}: {row.reason}", flush=True)
-    sampled = samples([program for _, program in proved], min(CASE_SECONDS, max(budget.left(), 0.0)))
-    for (row, program), seconds in zip(proved, sampled, strict=True):
+def measure(case: Case, report: Report, budget: Budget, references: References) -> None:
+    """A row for each entrant of a case; only what is right is timed, all of it interleaved."""
+    right = list(proved(case, report.rows, report, budget, references))
+    sampled = samples([program for _, program in right], min(CASE_SECONDS, budget.left()))
+    for (row, program), seconds in zip(right, sampled, strict=True):
         row.samples, row.median_seconds = len(seconds), statistics.median(seconds) + program.overhead
-        print(
-            f"{case.name}, {case.dtype}, {kind}, {row.entrant}: {row.median_seconds * 1e3:.3g} ms", flush=True
-        )
+        print(f"{case}, {row.entrant}: {_time(row.median_seconds)}", flush=True)
 
 
 def samples(programs: Sequence[Program], seconds: float) -> list[list[float]]:
@@ -573,26 +621,24 @@ def skip(report: Report, what: str) -> None:
 
 def lorenz(lanes: int) -> Ensemble:
     """The parameter rho goes from a stable to an almost chaotic system."""
-    rho = np.linspace(0.0, 21.0, lanes)
-    # The reference takes the first ones, which are to be of all kinds.
-    np.random.default_rng(0).shuffle(rho)
+    rho = 21.0 * (np.arange(lanes) * GOLDEN % 1)
     own = np.stack([np.full(lanes, 10.0), rho, np.full(lanes, 8 / 3)], axis=-1)
     return Ensemble(problems.LORENZ.field, np.tile([1.0, 0.0, 0.0], (lanes, 1)), own, (), 0.0, 1.0, only_own)
 
 
 def divergent(lanes: int) -> Ensemble:
-    """Oscillators whose frequencies, and so their numbers of steps, spread twentyfold, in no order."""
-    omega = np.geomspace(1.0, 20.0, lanes)
-    np.random.default_rng(0).shuffle(omega)
+    """Oscillators whose frequencies, and so their numbers of steps, spread twentyfold, in no order. They are damped, since a
+    loss that is constant has a gradient of nothing but errors."""
+    omega = 20.0 ** (np.arange(lanes) * GOLDEN % 1)
     return Ensemble(
-        oscillator, np.tile([1.0, 0.0], (lanes, 1)), omega, (), 0.0, 10.0, only_own, step=pk.Adaptive(1e-6, 1e-6),
+        oscillator, np.tile([1.0, 0.0], (lanes, 1)), omega, (), 0.0, 10.0, only_own, step=pk.Adaptive(1e-5, 1e-7),
         max_steps=1024,
     )  # fmt: skip
 
 
 def oscillator(t: Any, y: Any, omega: Any) -> Any:
     del t
-    return jnp.stack([omega * y[1], -omega * y[0]])
+    return jnp.stack([omega * y[1], -omega * (y[0] + 0.04 * y[1])])
 
 
 def coupled(lanes: int) -> Ensemble:
@@ -607,49 +653,30 @@ def _weighted(own: Any, shared: Any) -> Any:
     return {"p": own, "w": shared}
 
 
-def cases(runners: Sequence[Runner], rehearse: bool) -> list[Case]:
+def cases(runners: Sequence[Runner], rehearse: bool, alone: bool) -> list[Case]:
     """All cases, the more telling ones first: when the time is up, the others are missed less."""
     ours = [pykernels(runner) for runner in runners]
-    theirs = [diffrax()] if importlib.util.find_spec("diffrax") is not None else []
-    replay = [gradsolve()] if importlib.util.find_spec("gradsolve") is not None else []
-    sizes = [2**k for k in ((4, 5, 6) if rehearse else (16, 20, 10, 23, 13, 7))]
-    compared = {sizes[0], sizes[1], sizes[2]}
-    made: list[Case] = []
-    for lanes in sizes:
-        for dtype in ("float32", "float64"):
-            for gradient in (True, False):
-                others = theirs if lanes in compared else []
-                if gradient and dtype == "float64" and lanes == sizes[0]:
-                    others = [*others, *replay]
-                made.append(
-                    Case(
-                        f"lorenz {lanes:,}",
-                        functools.partial(lorenz, lanes),
-                        dtype,
-                        gradient,
-                        [*ours, *others],
-                    )
-                )
-        if lanes == sizes[0]:
-            made += _spread_and_coupled(runners, ours, theirs, lanes, 32 if rehearse else 2**13)
     ordered = [entrant for runner in runners for entrant in (pykernels(runner), pykernels(runner, "work"))]
-    for gradient in (False, True):
-        name = f"divergent {sizes[1]:,}"
-        made.append(Case(name, functools.partial(divergent, sizes[1]), "float32", gradient, ordered))
-    return made
-
-
-def _spread_and_coupled(
-    runners: Sequence[Runner], ours: list[Entrant], theirs: list[Entrant], lanes: int, coupled_lanes: int
-) -> list[Case]:
-    ordered = [entrant for runner in runners for entrant in (pykernels(runner), pykernels(runner, "work"))]
+    theirs = [diffrax()] if not alone and importlib.util.find_spec("diffrax") is not None else []
+    replay = [gradsolve()] if not alone and importlib.util.find_spec("gradsolve") is not None else []
+    dtypes, kinds = ("float32", "float64"), (True, False)
+    sizes = (64, 96, 128) if rehearse else (2**16, 2**20, 2**10, 2**23, 2**13, 2**7)
     made = []
-    for dtype in ("float32", "float64"):
-        name, make = f"divergent {lanes:,}", functools.partial(divergent, lanes)
-        made.append(Case(name, make, dtype, False, [*ordered, *theirs]))
-        made.append(Case(name, make, dtype, True, ordered))
-        name, make = f"coupled {coupled_lanes:,}", functools.partial(coupled, coupled_lanes)
-        made += [Case(name, make, dtype, gradient, [*ours, *theirs]) for gradient in (True, False)]
+    for lanes in sizes:
+        for dtype, gradient in itertools.product(dtypes, kinds):
+            # A gradient by diffrax takes long to compile.
+            others = theirs if lanes == sizes[0] or (lanes in sizes[:3] and not gradient) else []
+            if gradient and dtype == "float64" and lanes == sizes[0]:
+                others = [*others, *replay]
+            made.append(Case("lorenz", lorenz, lanes, dtype, gradient, [*ours, *others]))
+        if lanes == sizes[0]:
+            for dtype, gradient in itertools.product(dtypes, kinds):
+                entrants = ordered if gradient else [*ordered, *theirs]
+                made.append(Case("divergent", divergent, lanes, dtype, gradient, entrants))
+            some = 64 if rehearse else 2**13
+            for dtype, gradient in itertools.product(dtypes, kinds):
+                made.append(Case("coupled", coupled, some, dtype, gradient, [*ours, *theirs], shared=True))
+    made += [Case("divergent", divergent, sizes[1], "float32", gradient, ordered) for gradient in kinds]
     return made
 
 
@@ -670,8 +697,9 @@ def setting() -> dict[str, str]:
 def table(report: Report) -> str:
     """The suite in a line, then the rows, in Markdown."""
     right = sum(row.reason is None for row in report.suite)
+    skipped = sum(what.startswith("suite") for what in report.skipped)
     lines = [
-        f"Numerical suite: {right} of {len(report.suite)} right.",
+        f"Numerical suite: {right} right, {len(report.suite) - right} wrong, {skipped} skipped.",
         "",
         "| case | dtype | kind | program | time | ns per trajectory | compile | temporaries | error | attempts |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -192,29 +192,35 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
 
 def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[str, str, int]:
     """The runner a CPU takes for these kernels, why, and its lanes per block. No kernels: plain JAX."""
-    chosen = [runner_of("cpu", kernel, lanes) for kernel in kernels] or [
-        ("xla", "this adjoint is plain JAX")
-    ]
+    chosen = [runner_of("cpu", kernel, lanes) for kernel in kernels] or [("xla", "this adjoint is plain JAX")]
     for name, reason in chosen:
         if name == "xla":
             return name, reason, xla.block_size(lanes, xla.wanted_block(solve))
     return "native", "machine code through LLVM", cpu.width(solve, lanes)
 
 
-# How each of a GPU's runners compiles a kernel for a compute capability.
-_IMAGES: dict[str, Callable[[Kernel, int], Image]] = {
-    "native": lambda kernel, capability: cuda.compiled(cuda.as_native(kernel), capability),
+# How each of a GPU's runners compiles a kernel for a compute capability, and its lanes per block (None: one per
+# thread).
+_IMAGES: dict[str, tuple[Callable[[Kernel, int], Image], int | None]] = {
+    "native": (lambda kernel, capability: cuda.compiled(cuda.as_native(kernel), capability), None),
+    "pallas": (lambda kernel, capability: pallas.compiled(pallas.lifted(kernel), capability), pallas.BLOCK),
 }
 
 
-def gpu_images(kernels: Sequence[Kernel], lanes: int, capability: int) -> list[tuple[str, Image]] | str:
-    """For each kernel the runner that a GPU takes and what it compiles for a compute capability, or why there is nothing
-    compiled. No kernels: plain JAX."""
+def gpu_images(
+    kernels: Sequence[Kernel], lanes: int, capability: int
+) -> list[tuple[str, Image, int | None]] | str:
+    """For each kernel the runner that a GPU takes, what it compiles for a compute capability and its lanes per block, or why
+    there is nothing compiled. No kernels: plain JAX."""
     chosen = [runner_of("cuda", kernel, lanes) for kernel in kernels]
     for name, reason in chosen or [("xla", "this adjoint is plain JAX")]:
         if name not in _IMAGES:
-            return reason if name == "xla" else f"the {name} runner leaves compilation to XLA"
-    return [(name, _IMAGES[name](k, capability)) for (name, _), k in zip(chosen, kernels, strict=True)]
+            return reason
+    found = []
+    for (name, _), kernel in zip(chosen, kernels, strict=True):
+        compiled, block = _IMAGES[name]
+        found.append((name, compiled(kernel, capability), block))
+    return found
 
 
 def _define(

@@ -282,7 +282,7 @@ def _on_gpu(problem: _Problem, adjoint: Adjoint, capability: int) -> tuple[tuple
     images = primitives.gpu_images(adjoint.kernels(spec), problem.lanes, capability)
     if isinstance(images, str):
         return (), f"array plan, {problem.reason}" if spec.kind == "vmap" else images
-    return tuple(report.report(image, problem.lanes, runner) for runner, image in images), ""
+    return tuple(report.report(image, problem.lanes, runner, block) for runner, image, block in images), ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,11 +107,13 @@ def scaled_error(
     step: Adaptive, error: list[Array], y: list[Array], y1: list[Array]
 ) -> Float[Array, " lanes"]:
     """Mean square of the embedded error in units of the tolerance; a step is good below 1. Infinite if not finite."""
+    # The mean's division is in the constants.
+    root = math.sqrt(sum(math.prod(piece.shape[:-1]) for piece in error))
     scaled = [
-        e / (step.atol + step.rtol * jnp.maximum(abs(a), abs(b)))
+        e / (root * step.atol + root * step.rtol * jnp.maximum(abs(a), abs(b)))
         for e, a, b in zip(error, y, y1, strict=True)
     ]
-    square = mean_square(scaled)
+    square = jnp.asarray(sum(jnp.sum(p * p, axis=tuple(range(p.ndim - 1))) for p in scaled))
     return jnp.where(jnp.isnan(square), jnp.inf, square)
 
 
@@ -126,14 +128,17 @@ def step_factor(
 
     The factor is a constant for differentiation.
     """
-    log = -0.5 * jnp.log(square)
-    exponent = (step.pcoeff + step.icoeff + step.dcoeff) / order * log
+    logarithm = jnp.log(square)
+    log = -0.5 * logarithm
+    # In powers of two, with all constants in one.
+    binary = math.log2(math.e) / order
+    exponent = -0.5 * (step.pcoeff + step.icoeff + step.dcoeff) * binary * logarithm
     if step.memory > 0:
-        exponent = exponent - (step.pcoeff + 2 * step.dcoeff) / order * memory[0]
+        exponent = exponent - (step.pcoeff + 2 * step.dcoeff) * binary * memory[0]
     if step.memory > 1:
-        exponent = exponent + step.dcoeff / order * memory[1]
+        exponent = exponent + step.dcoeff * binary * memory[1]
     # A clamp in the exponent's domain would save nothing: the exponential is needed unless every lane is at a limit.
-    raw = step.safety * jnp.exp(exponent)
+    raw = step.safety * jnp.exp2(exponent)
     factor = jnp.where(
         accepted, jnp.clip(raw, 1.0, step.factormax), jnp.clip(raw, step.factormin, step.safety)
     )

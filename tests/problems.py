@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,9 +92,9 @@ def _coupled_args(dtype=np.float64):
     return {"p": np.asarray(1.5, dtype), "w": w.astype(dtype)}
 
 
-def _perceptron_args(dtype=np.float64):
+def _perceptron_args(dtype=np.float64, hidden=16):
     rng = np.random.default_rng(16)
-    sizes = (2, 16, 16, 2)
+    sizes = (2, hidden, hidden, 2)
     return [
         (
             (rng.normal(size=(after, before)) / np.sqrt(before)).astype(dtype),
@@ -143,6 +145,11 @@ SIR = Problem("sir", _sir, _named(s=0.99, i=0.01, r=0.0), _named(contact=1.4, re
 COUPLED = Problem("coupled", _coupled, _vector(*np.linspace(-1.0, 1.5, 12)), _coupled_args, 0.0, 3.0)
 #: A neural field, layers of 2-16-16-2.
 PERCEPTRON = Problem("perceptron", _perceptron, _vector(1.0, -0.7), _perceptron_args, 0.0, 4.0)
+
+#: A larger one, 2-64-64-2, not among the eight.
+PERCEPTRON_64 = dataclasses.replace(
+    PERCEPTRON, name="perceptron64", args=functools.partial(_perceptron_args, hidden=64)
+)
 
 #: The eight reference problems.
 PROBLEMS = (LORENZ, LOTKA_VOLTERRA, PENDULUM, KEPLER, FORCED_OSCILLATOR, SIR, COUPLED, PERCEPTRON)

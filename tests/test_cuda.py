@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 import subprocess
 import sys
@@ -17,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from gpu_matrix import LIFTED, RUNNERS, Cost, cost, kernels, ptxas
 
 import pykernels as pk
 from pykernels.kernels import cuda, launch
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.disk import DiskCache
+from pykernels.kernels.launch import Image
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 
@@ -34,86 +35,32 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cache", DiskCache(None))
 
 
-def ptxas() -> Path:
-    """NVIDIA's assembler from the triton wheel."""
-    spec = importlib.util.find_spec("triton")
-    path = Path((spec.submodule_search_locations or [""])[0] if spec else "") / "backends/nvidia/bin/ptxas"
-    if not path.exists():
-        pytest.skip("no ptxas: it comes with triton")
-    return path
-
-
 def lanes_of(problem: Any, dtype: Any, lanes: int) -> tuple[Any, Any]:
     y0, args = problem.y0(dtype=dtype), problem.args(dtype=dtype)
     return problems.spread(y0, lanes), problems.spread(args, lanes)
 
 
-def kernels(problem: Any, dtype: Any, shared: bool = False, **settings: Any) -> list[Kernel]:
-    """Forward, forward with milestones, backward by state and arguments."""
-    y0s, args = lanes_of(problem, dtype, 2)
-    seen: list[Any] = []
-
-    class Spy(pk.Milestones):
-        def integrate(self, solve: Any, inputs: Any) -> Any:
-            seen.append((solve, self.record(solve)))
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        pk.solve_ensemble(
-            problem.field, y0s, problem.t0, problem.t1, problem.args(dtype=dtype) if shared else args,
-            in_axes=(0, None if shared else 0), adjoint=Spy(),
-            dt0=0.01 if isinstance(settings["step"], pk.Adaptive) else None, **settings,
-        )  # fmt: skip
-    ((solve, record),) = seen
-    wrt = tuple(i >= solve.first_y for i in range(len(solve.lane)))
-    return [Kernel(solve, None), Kernel(solve, record), Kernel(solve, record, wrt)]
+def assembled(image: Image) -> Cost:
+    """What a compiled kernel takes."""
+    if not ptxas().exists():
+        pytest.skip("no ptxas: it comes with triton")
+    return cost(image, 0.0)
 
 
-def resources(image: launch.Image, tmp_path: Path) -> tuple[int, int]:
-    """Registers and spilled bytes of a compiled kernel."""
-    source = tmp_path / "kernel.ptx"
-    source.write_text(image.ptx)
-    done = subprocess.run(
-        [ptxas(), "-v", f"-arch=sm_{image.capability}", source, "-o", tmp_path / "kernel.cubin"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    assert spills is not None and registers is not None, done.stderr
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+def image_of(runner: str, kernel: Kernel, capability: int = 90) -> Image:
+    assert RUNNERS[runner].obstacle(kernel, 64) is None
+    return RUNNERS[runner].compiled(LIFTED[runner](kernel), capability)
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("dtype", "limits"), [(np.float32, (56, 56, 80)), (np.float64, (96, 96, 136))])
-def test_registers_of_lorenz(dtype: Any, limits: tuple[int, ...], capability: int, tmp_path: Path) -> None:
+def test_registers_of_lorenz(dtype: Any, limits: tuple[int, ...], capability: int, runner: str) -> None:
     """Nothing spills, and there is room for many threads: forward, forward with milestones, backward."""
     for kernel, most in zip(kernels(problems.LORENZ, dtype, **TSIT5), limits, strict=True):
-        image = cuda.compiled(cuda.as_native(kernel), capability)
-        registers, spilled = resources(image, tmp_path)
-        assert spilled == 0 and registers <= most, (registers, spilled)
-
-
-METHODS = [pk.euler, pk.rk4, pk.bosh3, pk.dopri5]
-SLICE = [
-    (problem, METHODS[i % len(METHODS)], (np.float32, np.float64)[i % 2], (80, 90)[i // 2 % 2])
-    for i, problem in enumerate(problems.PROBLEMS)
-    # The perceptron with weights per lane takes half a minute; with shared ones it is executed below.
-    if problem is not problems.PERCEPTRON
-]
-
-
-@pytest.mark.parametrize(
-    ("problem", "method", "dtype", "capability"),
-    SLICE,
-    ids=[f"{p.name}-{m.name}-{np.dtype(d).name}-sm_{c}" for p, m, d, c in SLICE],
-)
-def test_compiles(problem: Any, method: Any, dtype: Any, capability: int, tmp_path: Path) -> None:
-    step = pk.Fixed(16) if method.error is None else pk.Adaptive(1e-4, 1e-6)
-    for kernel in kernels(problem, dtype, method=method, step=step):
-        assert cuda.obstacle(kernel, 2) is None
-        image = cuda.compiled(cuda.as_native(kernel), capability)
-        assert f".target sm_{capability}" in image.ptx
-        resources(image, tmp_path)
+        found = assembled(image_of(runner, kernel, capability))
+        assert found.spilled == 0
+        assert found.registers <= (most if runner == "native" else most + 16), found
 
 
 def ensemble_loss(config: Any, y0s: Any, p: Any) -> Any:
@@ -152,20 +99,55 @@ def test_the_lowered_program_holds_the_kernels() -> None:
     """Exactly one forward and one backward kernel for CUDA; none for CPU and TPU; all in a program for several platforms."""
     y0s, p = lanes_of(problems.LORENZ, np.float32, 70)
     traced = jax.jit(jax.grad(functools.partial(ensemble_loss, None))).trace(y0s, p)
-    messages = calls(traced.lower(lowering_platforms=("cuda",)).as_text())
-    assert [re.search(rb"pykernels_(forward|backward)", m)[1] for m in messages] == [b"forward", b"backward"]
+    assert names(traced.lower(lowering_platforms=("cuda",)).as_text()) == ["forward", "backward"]
     for platform in ("cpu", "tpu"):
         assert "triton_kernel_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
     several = traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
     assert len(calls(several)) == 2 and "stablehlo.while" in several
     portable = jax.jit(jax.grad(functools.partial(ensemble_loss, pk.Config(runner="xla")))).trace(y0s, p)
     assert "triton_kernel_call" not in portable.lower(lowering_platforms=("cuda",)).as_text()
+    chosen = jax.jit(jax.grad(functools.partial(ensemble_loss, pk.Config(runner="pallas")))).trace(y0s, p)
+    assert names(chosen.lower(lowering_platforms=("cuda",)).as_text()) == [
+        "pallas_forward",
+        "pallas_backward",
+    ]
+    with pytest.raises(ValueError, match=r"runner='pallas'.*not possible"):
+        chosen.lower(lowering_platforms=("cpu",))
 
 
-def test_parameters_of_the_launch() -> None:
+def test_products_with_shared_matrices_take_tiles() -> None:
+    """By default: Pallas where the field is made of matrix products, for they want many threads per lane."""
+    y0s, layers = lanes_of(problems.PERCEPTRON, np.float32, 3)
+    for shared, wanted in ((True, ["pallas_forward"]), (False, ["forward"])):
+        args = problems.PERCEPTRON.args(dtype=np.float32) if shared else layers
+
+        def run(y0s: Any, args: Any, axis: Any = None if shared else 0) -> Any:
+            return pk.solve_ensemble(
+                problems.PERCEPTRON.field,
+                y0s,
+                0.0,
+                1.0,
+                args,
+                in_axes=(0, axis),
+                method=pk.euler,
+                step=pk.Fixed(4),
+            ).ys
+
+        lowered = jax.jit(run).trace(y0s, args).lower(lowering_platforms=("cuda",))
+        assert names(lowered.as_text()) == wanted
+
+
+def names(text: str) -> list[str]:
+    """The kernels of a lowered program, in order."""
+    return [re.search(rb"pykernels_(\w+)", message)[1].decode() for message in calls(text)]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_parameters_of_the_launch(runner: str) -> None:
     """The arrays, the number of lanes, and the null pointers that the plugin appends: a mismatch would be garbage."""
     for kernel in kernels(problems.LORENZ, np.float32, **TSIT5):
-        image = cuda.compiled(cuda.as_native(kernel), 90)
+        image = image_of(runner, kernel)
+        # One more for the number of lanes: a number, or an array of one.
         arrays = len(kernel.operands) + len(kernel.results) + len(kernel.scratch)
         entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", image.ptx, re.DOTALL)
         assert entry is not None and entry[1].count(".param") == arrays + 1 + launch.SCRATCH_POINTERS
@@ -265,6 +247,7 @@ EXECUTED = [
 ]
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize(
     ("problem", "method", "dtype", "what", "shared"),
     EXECUTED,
@@ -273,7 +256,7 @@ EXECUTED = [
     ],
 )
 def test_executed_ptx_gives_the_reference(
-    on_ptx: Any, problem: Any, method: Any, dtype: Any, what: str, shared: bool
+    on_ptx: Any, problem: Any, method: Any, dtype: Any, what: str, shared: bool, runner: str
 ) -> None:
     """Values and gradients of 37 lanes, one and a bit more than a warp, equal the portable runner's on the CPU."""
     # In float32 the tolerances keep decisions off rounding.
@@ -291,21 +274,74 @@ def test_executed_ptx_gives_the_reference(
         )  # fmt: skip
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(sols.ys)), (sols.ys, sols.stats.attempts)
 
+    check_on_ptx(on_ptx, loss, runner, dtype, y0s, args)
+
+
+def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) -> None:
+    """Value, gradient and auxiliary results of loss(config, *args) from PTX against the portable runner's."""
+
     def program(config: Any) -> Any:
         return jax.jit(jax.value_and_grad(functools.partial(loss, config), (0, 1), has_aux=True))
 
-    got, report = on_ptx(program(None), y0s, args)
+    got, report = on_ptx(program(pk.Config(runner=runner)), *args)
     assert len(report) == 2
-    wanted = program(pk.Config(runner="xla"))(y0s, args)
+    wanted = program(pk.Config(runner="xla"))(*args)
     leaves = [[np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (got, wanted)]
     if dtype == np.float64:
         for a, b in zip(*leaves, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(np.max(np.abs(b)), 1e-3))
         return
     # Rounding moves the step sizes a little: both are held against the float64 solution with the same settings.
-    double = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (y0s, args)]
+    double = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in args]
     exact = [np.asarray(x) for x in jax.tree.leaves(program(pk.Config(runner="xla"))(*double))]
     for a, b, c in zip(*leaves, exact, strict=True):
         scale = max(np.max(np.abs(c)), 1e-3)
         error, portable = np.max(np.abs(a - c)) / scale, np.max(np.abs(b - c)) / scale
         assert error <= max(3 * portable, 32 * np.finfo(np.float32).eps), (error, portable)
+
+
+def operations(t: Any, y: Any, rate: Any) -> Any:
+    """Functions, powers, divisions, extrema, integers and logic."""
+    a, b = y
+    cell = jnp.floor(3 * a).astype(jnp.int32)
+    even = ((cell % 2 == 0) & (b > 0)) | ~(a < b)
+    first = jnp.where(even, jnp.exp(-a * a) + jnp.log1p(abs(b)), jnp.sinh(a) / (1 + b * b))
+    first = first + jnp.sqrt(abs(a) + 1) ** jnp.asarray(1.5, a.dtype) + jnp.cbrt(b + 3) * jnp.sign(a)
+    second = jnp.arctan2(a, b) + jnp.tanh(b) * jnp.cos(a) - jnp.minimum(a, b) * jnp.maximum(a, 0.1)
+    second = second + jnp.expm1(-b) + jnp.arctan(a) * jnp.sin(3 * t) + jnp.log(2 + a * a) * jnp.tan(0.1 * b)
+    return rate * first, second - jnp.clip(b, -0.5, 0.5) + jax.nn.sigmoid(a) * (cell // 2).astype(a.dtype)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_executed_functions_and_logic(on_ptx: Any, dtype: Any, runner: str) -> None:
+    rng = np.random.default_rng(5)
+    y0s = tuple(rng.normal(size=37).astype(dtype) for _ in range(2))
+    rate = rng.uniform(0.5, 1, 37).astype(dtype)
+
+    def loss(config: Any, y0s: Any, rate: Any) -> Any:
+        sols = pk.solve_ensemble(
+            operations, y0s, 0.0, 0.2, rate, in_axes=(0, 0), method=pk.heun, step=pk.Fixed(3), config=config,
+            throw=False,
+        )  # fmt: skip
+        return sum(jnp.sum(leaf**2) for leaf in sols.ys), sols.ys
+
+    check_on_ptx(on_ptx, loss, runner, dtype, y0s, rate)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_executed_neural_field(on_ptx: Any, dtype: Any) -> None:
+    """2-64-64-2 on tiles, its float32 products on tensor cores in three parts each."""
+    problem = problems.PERCEPTRON_64
+    y0s, layers = problems.spread(problem.y0(dtype=dtype), 33), problem.args(dtype=dtype)
+
+    def loss(config: Any, y0s: Any, layers: Any) -> Any:
+        sols = pk.solve_ensemble(
+            problem.field, y0s, 0.0, 0.2, layers, in_axes=(0, None), method=pk.euler, step=pk.Fixed(2), config=config,
+            throw=False,
+        )  # fmt: skip
+        return jnp.sum(sols.ys**2), sols.ys
+
+    (kernel, *_) = kernels(problem, dtype, shared=True, method=pk.euler, step=pk.Fixed(2))
+    assert ("mma.sync" in image_of("pallas", kernel).ptx) == (dtype == np.float32)
+    check_on_ptx(on_ptx, loss, "pallas", dtype, y0s, layers)

@@ -145,8 +145,10 @@ def test_private_and_extension_api(module):
     def touches(prefix: str) -> bool:
         return any(name == prefix or name.startswith(f"{prefix}.") for name in used)
 
-    assert not touches("jax._src") and not touches("jaxlib")
-    assert "_src" not in {part for name in used for part in name.split(".")}
+    assert not touches("jaxlib")
+    # Pallas gives its Triton IR to nobody but XLA otherwise.
+    private = "_src" in {part for name in used for part in name.split(".")}
+    assert not private or module in PALLAS
     assert not touches("jax.interpreters") or module in INTERPRETERS
     assert not touches("jax.extend") or module in EXTENSION_CORE
     assert not touches("jax.experimental.pallas") or module in PALLAS

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from test_cuda import kernels, resources
+from gpu_matrix import cost, kernels
 
 import pykernels as pk
 from pykernels.kernels import cuda, report
@@ -44,12 +44,12 @@ def images(dtype: Any, capability: int = 90, **settings: Any) -> list[Image]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_lorenz(dtype: Any, capability: int, tmp_path: Path) -> None:
+def test_lorenz(dtype: Any, capability: int) -> None:
     size = np.dtype(dtype).itemsize
     made = images(dtype, capability)
     forward, recorded, backward = (report.report(image, 4096) for image in made)
     for image, found in zip(made, (forward, recorded, backward), strict=True):
-        assert (found.registers, found.spilled) == resources(image, tmp_path)
+        assert (found.registers, found.spilled) == cost(image, 0.0)[:2]
         assert (found.shared, found.inner_loops, found.threads) == (0, 0, 64)
         floats = found.attempt.single if size == 4 else found.attempt.double
         assert floats > found.attempt.total / 3 and found.attempt.special >= 3
@@ -200,6 +200,15 @@ def test_explain() -> None:
     # One that is newer than what there is a model of, and than the PTX that older ones get.
     newer = explained(target="sm_120", adjoint=pk.ForwardOnly())
     assert newer.gpu[0].registers > 0 and newer.gpu[0].microseconds is None and "no model" in str(newer)
+
+
+def test_kernels_of_the_pallas_runner() -> None:
+    """Triton's PTX has the same loops: counts of the same size."""
+    settings: Any = {"step": pk.Adaptive(1e-3, 1e-6), "dt0": 0.01}
+    native = explained(config=pk.Config(runner="native"), **settings).gpu
+    for mine, other in zip(explained(config=pk.Config(runner="pallas"), **settings).gpu, native, strict=True):
+        assert (mine.runner, mine.attempt_loops) == ("pallas", other.attempt_loops)
+        assert 0.6 * other.attempt.single < mine.attempt.single < 1.6 * other.attempt.single
 
 
 def test_explain_where_there_is_no_kernel() -> None:

@@ -42,8 +42,10 @@ from pykernels.kernels.stepper import (
     Stepper,
     Taken,
     any_lane,
+    in_step,
     outcome,
     plus,
+    together,
 )
 from pykernels.schedule import Record
 from pykernels.stepsize import Adaptive, Fixed, limit
@@ -228,6 +230,14 @@ class _Milestones:
         at = t if t is not None else stepper.time(start)
         k0 = stepper.method.field(at, y, stepper.operands) if self.solve.carries_stage else None
         return State(t, low, h, tuple(scalars[3:]), y, k0, None, None, None)
+
+    def arrival(self, row: Array, stepper: Stepper, live: Array) -> tuple[Array, Array]:
+        """Where the segment before a milestone ends: its time for the lanes that were live then, t1 for the others."""
+        t1 = stepper.t1
+        if not self.solve.adaptive:
+            return t1, jnp.zeros_like(t1)
+        t, low = (self.rows.scalar_ref[row, i, :] for i in (0, 1))
+        return jnp.where(live, t, t1), jnp.where(live, low, 0.0)
 
 
 def forward_buffers(solve: Solve, record: Record | None) -> list[Buffer]:
@@ -476,19 +486,30 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
         pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], decisions_ref, scratch_refs)
         rows = _Milestones(solve, method, milestone_refs)
         pull.attach(cotangent_refs, _result_of(solve, wrt, result_refs, solve.first_y - 1))
-        cotangents, target = pull.begin(), (pull.stepper.t1, jnp.zeros_like(pull.stepper.t1))
-        stride, count = jnp.max(decisions_ref[0, :]), jnp.max(pull.attempts)
+        cotangents = pull.begin()
+        stride, count = jnp.maximum(jnp.max(decisions_ref[0, :]), 1), jnp.max(pull.attempts)
 
         def segment(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            index, cotangents, target = carry
-            start = (index - 1) * stride
-            state = rows.restore(schedule.slot(start, record), pull.stepper, start)
-            stop = jnp.minimum(start + stride, count)
-            cotangents, target = pull.attempts_range(0, state, start, stop, cotangents, target)
-            return index - 1, cotangents, target
+            start, cotangents = carry
+            # Behind a lane's own last segment, where a lane is a thread, there are no attempts and no milestone: any will
+            # do for them.
+            milestone = jnp.where(start < count, start, 0)
+            state = rows.restore(schedule.slot(milestone, record), pull.stepper, start)
+            stop = in_step(jnp.minimum(start + stride, count))
+            # Read again, not carried: registers are scarce.
+            following = jnp.where(start + stride < count, start + stride, 0)
+            target = rows.arrival(
+                schedule.slot(following, record), pull.stepper, pull.attempts > start + stride
+            )
+            cotangents, _ = pull.attempts_range(0, state, start, stop, cotangents, target)
+            return start - stride, cotangents
 
-        segments = (count + stride - 1) // stride
-        _, cotangents, _ = lax.while_loop(lambda carry: carry[0] > 0, segment, (segments, cotangents, target))
+        # Lanes that run in step do the same segment at the same time: were each to begin with its own last one, a short
+        # rest of one would keep waiting the others' whole segments, and theirs it.
+        segments = together((count + stride - 1) // stride)
+        _, cotangents = lax.while_loop(
+            lambda carry: carry[0] >= 0, segment, ((segments - 1) * stride, cotangents)
+        )
         pull.finish(cotangents, result_refs)
 
     return body
@@ -660,7 +681,7 @@ class _Pullback:
             missed = abs(gap) * attempts > 0.25 * abs(replayed)
             # Lanes that need no scaling get the same steps again, to the bit.
             scale = jnp.where(missed, 1 + gap / replayed, 1.0)
-            return turn + jnp.where(any_lane(missed), 1, 2), scale, gap
+            return turn + jnp.where(any_lane(missed), jnp.int32(1), jnp.int32(2)), scale, gap
 
         zero = jnp.zeros_like(state.t)
         self.notes.scalar_ref[0, 1, :] = (

@@ -31,12 +31,13 @@ from pykernels.kernels.ir import Argument, Program, Target, scalar_type, warps_o
 from pykernels.kernels.launch import SCRATCH_POINTERS, Image, capability, launch
 from pykernels.kernels.llvm import as_native
 
-# Threads per block. A lane needs many registers, so blocks are small, and several of them share a processor.
-WARPS = 2
-# Registers a thread may have, by bytes of a float, in kernels of systems so small that they need no more: without the cap
-# ptxas takes 150 for the backward pass of three float64 states; with it 136, and nothing spills. Larger systems take what
-# they need.
-SMALL_ELEMENTS, REGISTERS = 3, {4: 80, 8: 136}
+# Warps per block, forward and backward. A lane needs many registers, so blocks are small, and several of them share a
+# processor; backward the threads of a block wait for each other between segments, which those of different warps need not.
+WARPS = {False: 2, True: 1}
+# Registers a thread may have, by bytes of a float, in kernels so small that they need no more: without the cap ptxas takes
+# 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems, methods of more
+# stages, and kernels that save values or differentiate time take what they need.
+SMALL_ELEMENTS, SMALL_STAGES, REGISTERS = 3, 7, {4: 80, 8: 136}
 # PTX in the disk cache is valid for one format of its entries.
 _FORMAT = 1
 _LIBDEVICE = (
@@ -142,7 +143,7 @@ def _stored(kernel: Kernel, capability: int) -> Image | None:
 
 
 def _image(kernel: Kernel, ptx: str, capability: int) -> Image:
-    return Image(_entry_name(kernel), ptx, capability, WARPS)
+    return Image(_entry_name(kernel), ptx, capability, WARPS[kernel.wrt is not None])
 
 
 def _entry_name(kernel: Kernel) -> str:
@@ -164,8 +165,10 @@ def _name_on_disk(kernel: Kernel, capability: int) -> str | None:
 
 def _registers(kernel: Kernel) -> int | None:
     """Most registers a thread may have, None: as many as it takes."""
-    field = kernel.solve.field
-    return REGISTERS[field.dtype.itemsize] if field.elements <= SMALL_ELEMENTS else None
+    solve = kernel.solve
+    small = solve.field.elements <= SMALL_ELEMENTS and solve.method.stages <= SMALL_STAGES
+    plain = solve.saves is None and not any((kernel.wrt or ())[: solve.first_y])
+    return REGISTERS[solve.field.dtype.itemsize] if small and plain else None
 
 
 def compile_ptx(program: Program, kernel: Kernel, capability: int) -> str:

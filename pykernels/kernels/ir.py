@@ -484,20 +484,41 @@ class Writer:
         item = self._stored(ref.argument.dtype)
         return self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {offset}", False).text
 
-    def store_totals(self, ref: Ref, offsets: Sequence[int], cells: Sequence[Cell]) -> None:
-        """Write sums over the threads of each warp, always in the same order, to a `spread` buffer.
-
-        The last warp may lack threads behind the ensemble's end, which have left: the others know how many, and do not ask.
-        """
-        lanes, dtype, word = f"%s{ref.number}", ref.argument.dtype, np.dtype(np.int32)
+    def _warp(self, lanes: str) -> tuple[Cell, Cell, Cell]:
+        """The thread's place in its warp, how many threads the warp has, and their mask. The last warp may lack threads
+        behind the ensemble's end, which have left: the others know how many."""
+        word = np.dtype(np.int32)
 
         def i32(expression: str) -> Cell:
             return self.result(expression, False)
 
-        place, warp = i32(f"and i32 %lane, {WARP - 1}"), i32(f"lshr i32 %lane, {WARP.bit_length() - 1}")
+        place = i32(f"and i32 %lane, {WARP - 1}")
         rest = i32(f"sub i32 {lanes}, {i32(f'sub i32 %lane, {place.text}').text}")
         members = self.select(i32(f"icmp slt i32 {rest.text}, {WARP}"), rest, known(WARP, word), word)
         mask = i32(f"lshr i32 -1, {i32(f'sub i32 {WARP}, {self.text(members, word, False)}').text}")
+        return place, members, mask
+
+    def wait(self) -> None:
+        """Until all threads of the block have come here, but those that have left."""
+        symbol = "llvm.nvvm.barrier.cta.sync.all"
+        self._declared.setdefault(symbol, f"declare void @{symbol}(i32)")
+        self.line(f"call void @{symbol}(i32 0)")
+
+    def warp_maximum(self, ref: Ref, cell: Cell) -> Cell:
+        """The largest of a warp's 32-bit integers; `ref` is any buffer with lanes."""
+        _, _, mask = self._warp(f"%s{ref.number}")
+        text = self.text(cell, np.dtype(np.int32), False)
+        return self.call("llvm.nvvm.redux.sync.max", "i32", [("i32", text), ("i32", mask.text)], False)
+
+    def store_totals(self, ref: Ref, offsets: Sequence[int], cells: Sequence[Cell]) -> None:
+        """Write sums over the threads of each warp, always in the same order, to a `spread` buffer."""
+        lanes, dtype = f"%s{ref.number}", ref.argument.dtype
+
+        def i32(expression: str) -> Cell:
+            return self.result(expression, False)
+
+        place, members, mask = self._warp(lanes)
+        warp = i32(f"lshr i32 %lane, {WARP.bit_length() - 1}")
         distances = [1 << i for i in reversed(range(WARP.bit_length() - 1))]
         partners = [
             i32(f"icmp slt i32 {i32(f'add i32 {place.text}, {d}').text}, {members.text}") for d in distances

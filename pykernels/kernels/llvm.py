@@ -38,6 +38,7 @@ from pykernels.kernels.ir import (
     is_float,
     known,
 )
+from pykernels.kernels.stepper import IN_STEP, TOGETHER
 from pykernels.lanes import CALLS, open_jaxpr, scan_counts
 
 LANES = 1_000_003
@@ -201,7 +202,13 @@ class Emitter:
 
         for eqn in jaxpr.eqns:
             values, name = [read(a) for a in eqn.invars], eqn.primitive.name
-            if name in _CALLS:
+            if self.write.target.thread and eqn.params.get("name") == TOGETHER:
+                (ref, *_) = (ref for ref in self.write.refs if ref.argument.lanes)
+                outs = [_array([self.write.warp_maximum(ref, values[0].reshape(-1)[0])], ())]
+            elif self.write.target.thread and eqn.params.get("name") == IN_STEP:
+                self.write.wait()
+                outs = values
+            elif name in _CALLS:
                 outs = self.run(eqn.params[_CALLS[name]], values)
             elif name in _IDENTITIES:
                 outs = values

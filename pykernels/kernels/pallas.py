@@ -104,6 +104,9 @@ def preferred(kernel: Kernel) -> str | None:
 def obstacle(kernel: Kernel, lanes: int) -> str | None:
     """Why this runner does not run a kernel, or None. Decided from the traced body."""
     reason = unavailable()
+    if reason is None and kernel.solve.runner != "pallas":
+        # Nobody should wait minutes who has not asked for it.
+        reason = without_triton()
     if reason is not None:
         return reason
     kernel = lifted(kernel)
