@@ -28,6 +28,7 @@ RANKS = {
     "kernels.identity": 1,
     "kernels.native": 1,
     "kernels.disk": 0,
+    "kernels.elf": 0,
     "kernels.launch": 0,
     "kernels.report": 1,
     "kernels.ir": 3,

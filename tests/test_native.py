@@ -19,7 +19,7 @@ import problems
 import pytest
 
 import pykernels as pk
-from pykernels.kernels import cpu, identity, llvm, native
+from pykernels.kernels import cpu, elf, identity, llvm, native
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.ir import Argument, Target
 
@@ -271,6 +271,19 @@ def test_nothing_unused_is_computed() -> None:
     assert "f64[5]" in everything[1]
     (value_only,) = calls(lambda p: jax.vjp(loss, y0s, p)[0], p)
     assert value_only.count("f64[") == 1, "no milestones"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other object files")
+def test_code_and_constants_are_one_section() -> None:
+    """Sections of their own may be linked further apart than code can reach: the linker then ends the process."""
+    for kernel in kernels(4)[0]:
+        source = cpu.source_of(cpu.as_native(kernel), 4)
+        assert isinstance(source, cpu.Source)
+        code = cpu.compile_object(source.payload.encode(), cpu.machine())
+        found = elf.sections(code)
+        assert [s.name for s in found if s.flags & 2] == [".text"], "nothing else is loaded"
+        assert code[:4] == b"\x7fELF" and elf.join_constants(code) == code
+    assert elf.join_constants(b"no ELF") == b"no ELF"
 
 
 def test_object_code_on_disk(own_cache: Path) -> None:

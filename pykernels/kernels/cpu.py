@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pykernels.kernels import identity, ir, llvm, native
+from pykernels.kernels import elf, identity, ir, llvm, native
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.ir import Argument, Function, Program, Target
@@ -33,7 +33,7 @@ from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
-_FORMAT = 2
+_FORMAT = 3
 # Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a
 # few state elements the values of an attempt no longer fit into the registers there are.
 SMALL_ELEMENTS, SMALL_REGISTERS = 4, 2
@@ -256,7 +256,9 @@ def entry(buffers: int) -> str:
         ]
         actuals.append(f"ptr %p{i}, i64 %s{i}")
     call = f"  call void @body({', '.join(actuals)})"
-    return "\n".join(["define void @kernel(ptr %pointers, ptr %strides) {", *lines, call, "  ret void", "}"])
+    return "\n".join(
+        ["define void @kernel(ptr %pointers, ptr %strides) nounwind {", *lines, call, "  ret void", "}"]
+    )
 
 
 # Mathematical functions of the machine.
@@ -366,7 +368,7 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
     )
     module.data_layout = str(machine_.target_data)
     llvm.optimise(module, machine_)
-    return machine_.emit_object(module)
+    return elf.join_constants(machine_.emit_object(module))
 
 
 class Compiler:

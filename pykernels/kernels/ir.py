@@ -204,7 +204,8 @@ class Writer:
 
     @property
     def _inlining(self) -> str:
-        return "alwaysinline" if self.target.thread else "noinline"
+        # No tables for exceptions: they would be one more section that must lie near the code.
+        return "alwaysinline" if self.target.thread else "noinline nounwind"
 
     def shared_function(self, key: Any, formals: str, write: Callable[[], None]) -> str:
         """The symbol of an internal function that `write` writes, once per key."""
