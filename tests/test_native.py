@@ -276,7 +276,7 @@ def test_nothing_unused_is_computed() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other object files")
 def test_code_and_constants_are_one_section() -> None:
     """Sections of their own may be linked further apart than code can reach: the linker then ends the process."""
-    for kernel in kernels(4)[0]:
+    for kernel in kernels(4, shared=True)[0]:
         source = cpu.source_of(cpu.as_native(kernel), 4)
         assert isinstance(source, cpu.Source)
         code = cpu.compile_object(source.payload.encode(), cpu.machine())

@@ -33,7 +33,7 @@ from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
-_FORMAT = 3
+_FORMAT = 4
 # Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a
 # few state elements the values of an attempt no longer fit into the registers there are.
 SMALL_ELEMENTS, SMALL_REGISTERS = 4, 2

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 _PROGBITS, _SYMTAB, _RELA = 1, 2, 4
 _WRITE, _ALLOC, _EXEC = 1, 2, 4
-_HEADER, _SYMBOL = struct.Struct("<IIQQQQIIQQ"), struct.Struct("<IBBHQQ")
+_HEADER, _SYMBOL, _REFERENCE = struct.Struct("<IIQQQQIIQQ"), struct.Struct("<IBBHQQ"), struct.Struct("<QIIq")
+_SECTION_SYMBOL = 3
 _SECTIONS_AT, _COUNTS_AT = 0x28, 0x3A
 
 
@@ -64,6 +65,8 @@ def join_constants(code: bytes) -> bytes:
         for i, s in enumerate(found)
         if s.kind == _PROGBITS and s.flags & (_ALLOC | _EXEC | _WRITE) == _ALLOC
     ]
+    if not moved:
+        return code
     if any(s.kind == _RELA and s.info in moved for s in found):
         raise ValueError("constants that hold addresses")
     start = found[text]
@@ -88,9 +91,18 @@ def join_constants(code: bytes) -> bytes:
     change(text, offset=offset, size=len(joined), align=align)
     for i in moved:
         change(i, kind=0, flags=0, size=0)
-    for symbols in (s for s in found if s.kind == _SYMTAB):
-        for at in range(symbols.offset, symbols.offset + symbols.size, _SYMBOL.size):
-            name, info, other, section, value, size = _SYMBOL.unpack_from(out, at)
-            if section in places:
-                _SYMBOL.pack_into(out, at, name, info, other, text, value + places[section], size)
+    # A section's own symbol stands for its beginning, whatever its value: there, the references move.
+    (symbols,) = (s for s in found if s.kind == _SYMTAB)
+    begins = {}
+    for number, at in enumerate(range(symbols.offset, symbols.offset + symbols.size, _SYMBOL.size)):
+        name, info, other, section, value, size = _SYMBOL.unpack_from(out, at)
+        if section in places:
+            own = info & 15 == _SECTION_SYMBOL
+            if own:
+                begins[number] = places[section]
+            _SYMBOL.pack_into(out, at, name, info, other, text, value + (0 if own else places[section]), size)
+    for references in (s for s in found if s.kind == _RELA):
+        for at in range(references.offset, references.offset + references.size, _REFERENCE.size):
+            place, kind, number, addend = _REFERENCE.unpack_from(out, at)
+            _REFERENCE.pack_into(out, at, place, kind, number, addend + begins.get(number, 0))
     return bytes(out)
