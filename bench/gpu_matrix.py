@@ -1,6 +1,6 @@
 """Compiles the whole matrix of GPU kernels, without a GPU, and writes what each takes into `tests/gpu_kernels.csv`.
 
-    python bench/gpu_matrix.py [--jobs N] [--anew] [--runner native|pallas] [--field NAME ...] [--limit SECONDS]
+    python bench/gpu_matrix.py [--jobs N] [--anew] [--runner native|pallas] [--field NAME ...] [--kind NAME ...]
 
 An hour or two on two cores; may be stopped and started again: entries in the table are not compiled again unless the
 versions of Triton, llvmlite or JAX have changed, or `--anew`. Needs the `test` extra.
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="compile what is in the table again")
     parser.add_argument("--runner", choices=["native", "pallas"])
     parser.add_argument("--field", nargs="*")
+    parser.add_argument("--kind", nargs="*")
     parser.add_argument("--limit", type=float, default=float("inf"), help="stop after so many seconds")
     options = parser.parse_args()
     table = Table.read()
@@ -52,6 +53,7 @@ def main() -> int:
         for entry in matrix()
         if options.runner in (None, entry.runner)
         and (options.field is None or entry.field in options.field)
+        and (options.kind is None or entry.kind in options.kind)
         and (options.anew or entry not in table.rows)
     ]
     print(f"{len(wanted)} kernels to compile, {len(table.rows)} in the table")

@@ -60,7 +60,7 @@ def test_registers_of_lorenz(dtype: Any, limits: tuple[int, ...], capability: in
     for kernel, most in zip(kernels(problems.LORENZ, dtype, **TSIT5), limits, strict=True):
         found = assembled(image_of(runner, kernel, capability))
         assert found.spilled == 0
-        assert found.registers <= (most if runner == "native" else most + 16), found
+        assert found.registers <= most or runner == "pallas", found
 
 
 def ensemble_loss(config: Any, y0s: Any, p: Any) -> Any:

@@ -111,12 +111,12 @@ def any_lane(mask: Bool[Array, " lanes"]) -> Bool[Array, ""]:
 
 @jax.jit
 def _together(count: Int32[Array, ""]) -> Int32[Array, ""]:
-    return jnp.maximum(count, 0)
+    return count + jnp.int32(0)
 
 
 @jax.jit
 def _in_step(count: Int32[Array, ""]) -> Int32[Array, ""]:
-    return jnp.maximum(count, 0)
+    return count + jnp.int32(0)
 
 
 # The calls' names in a jaxpr.
@@ -124,13 +124,13 @@ TOGETHER, IN_STEP = "_together", "_in_step"
 
 
 def together(count: Int32[Array, ""]) -> Int32[Array, ""]:
-    """The largest count (not negative) among the lanes that share an instruction stream. In a block it is the same for all;
+    """The largest count among the lanes that share an instruction stream. In a block it is the same for all;
     a runner that gives each lane a thread takes the largest of a warp, by the name of the call."""
     return _together(count)
 
 
 def in_step(count: Int32[Array, ""]) -> Int32[Array, ""]:
-    """The same count (not negative), when all lanes that share an instruction stream have come here: loops of different
+    """The same count, when all lanes that share an instruction stream have come here: loops of different
     lengths before this point do not keep them apart behind it. They must all come here equally often."""
     return _in_step(count)
 
