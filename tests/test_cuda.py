@@ -19,7 +19,8 @@ import pytest
 from gpu_matrix import LIFTED, RUNNERS, Cost, cost, kernels, ptxas
 
 import pykernels as pk
-from pykernels.kernels import cuda, launch
+from pykernels import lanes
+from pykernels.kernels import cuda, launch, pallas
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.disk import DiskCache
 from pykernels.kernels.launch import Image
@@ -216,6 +217,70 @@ def test_what_has_no_kernel_runs_portably() -> None:
 
     text = jax.jit(run).trace(jnp.ones((4, 3), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
     assert "triton_kernel_call" not in text and "stablehlo.while" in text
+
+
+def test_pallas_kernels_are_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process has compiled the next one neither traces nor compiles."""
+    monkeypatch.setattr(pallas, "cache", DiskCache(tmp_path))
+    (kernel, *_) = kernels(problems.LOTKA_VOLTERRA, np.float32, **TSIT5)
+
+    def forget() -> None:
+        pallas.compiled.cache_clear()
+        pallas.traced.cache_clear()
+
+    forget()
+    first = image_of("pallas", kernel)
+    (entry,) = tmp_path.iterdir()
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(pallas, "_pallas_call", None)
+        assert image_of("pallas", kernel) == first
+    content = entry.read_bytes()
+    entry.write_bytes(content[:-1])
+    forget()
+    assert image_of("pallas", kernel) == first and entry.read_bytes() == content, (
+        "a damaged entry is made anew"
+    )
+    forget()
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for Pallas gets it from XLA; nobody gets it from there by default."""
+    monkeypatch.setattr(pallas, "without_triton", lambda: "triton is not installed: install pykernels[cuda]")
+    problem = problems.PERCEPTRON
+    y0s, layers = problems.spread(problem.y0(dtype=np.float32), 3), problem.args(dtype=np.float32)
+
+    def lowered(runner: Any) -> str:
+        def run(y0s: Any, layers: Any) -> Any:
+            return pk.solve_ensemble(
+                problem.field, y0s, 0.0, 1.0, layers, in_axes=(0, None), method=pk.euler, step=pk.Fixed(4),
+                config=pk.Config(runner=runner),
+            ).ys  # fmt: skip
+
+        return jax.jit(run).trace(y0s, layers).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert names(lowered(None)) == ["forward"]
+    if jax.__version_info__ < (0, 11):  # later ones lower Pallas calls only where the CUDA plugin is
+        text = lowered("pallas")
+        assert names(text) == [] and "xla.gpu.triton" in text and "pykernels_pallas_forward" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "shape", "reason"),
+    [
+        (lambda t, y, w: w @ y, (4, 4), None),
+        (lambda t, y, w: y @ w + jnp.tanh(y), (4, 4), None),
+        (lambda t, y, w: y * jnp.sum(w), (4, 4), "no products"),
+        (lambda t, y, w: (w @ y)[::-1], (4, 4), "no rule on tiles"),
+        (lambda t, y, w: w.T @ (w @ y), (3, 4), "powers of two"),
+        (lambda t, y, w: (w * y[0]) @ y, (4, 4), "no rule on tiles|other than a shared matrix"),
+    ],
+)
+def test_what_fits_tiles(field: Any, shape: tuple[int, ...], reason: str | None) -> None:
+    struct = [jax.ShapeDtypeStruct(s, np.float64) for s in ((), (4,), shape)]
+    found = lanes.tile_obstacle(jax.make_jaxpr(field)(*struct), (True, True, False))
+    assert found is None if reason is None else re.search(reason, found or ""), found
+    assert lanes.tile_obstacle(jax.make_jaxpr(field)(*struct), (True, True, True)) is not None
 
 
 @pytest.fixture(scope="module")

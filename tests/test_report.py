@@ -50,7 +50,7 @@ def test_lorenz(dtype: Any, capability: int) -> None:
     forward, recorded, backward = (report.report(image, 4096) for image in made)
     for image, found in zip(made, (forward, recorded, backward), strict=True):
         assert (found.registers, found.spilled) == cost(image, 0.0)[:2]
-        assert (found.shared, found.inner_loops, found.threads) == (0, 0, 64)
+        assert (found.shared, found.inner_loops, found.threads) == (0, 0, 32 * image.warps)
         floats = found.attempt.single if size == 4 else found.attempt.double
         assert floats > found.attempt.total / 3 and found.attempt.special >= 3
         assert 0.1 < found.occupancy < 1 and 0.01 < found.microseconds < 10
@@ -179,10 +179,10 @@ def test_an_attempt_takes_little_more_than_its_arithmetic() -> None:
     assert parts["stages"] == (21 + 6) * 3 and parts["field"] == 6 * 6 and parts["error"] == 8 * 3
     forward, recorded, backward = (report.report(image, 4096) for image in images(np.float32))
     least = sum(parts.values())
-    # What is more: logarithm and exponential (36), checks and branches of divisions (12), the mean's division (10), states
-    # that are not finite (6), constants and copies.
-    assert forward.attempt.total <= 1.34 * least and forward.ptx_instructions <= 1.34 * least
-    assert recorded.attempt.total <= 1.4 * least
+    # What is more: logarithm and exponential, checks and branches of divisions, states that are not finite, constants and
+    # copies.
+    assert forward.attempt.total <= 1.25 * least and forward.ptx_instructions <= 1.25 * least
+    assert recorded.attempt.total <= 1.3 * least
     assert backward.attempt.total <= 4.5 * forward.attempt.total
 
 
@@ -297,3 +297,34 @@ def test_warps_wait_for_their_slowest_lane_only(executed: Any) -> None:
         sum(nothing.result.warp_counts.values()) + report.report(image, lanes).ptx_instructions * slowest
     )
     assert sum(launch.result.warp_counts.values()) <= 1.1 * expected
+
+
+def test_gradients_keep_warps_in_step(executed: Any) -> None:
+    """Forward with milestones and backward, with step counts that differ twentyfold: a warp executes what its slowest lane
+    does; and where lanes are sorted by work, little more than its average one."""
+    lanes = 1024
+    frequencies = np.exp(np.random.default_rng(0).uniform(0, np.log(40), lanes)).astype(np.float32)
+    y0s = np.tile(np.asarray([1, 0], np.float32), (lanes, 1))
+
+    def gradient(y0s: Any, frequencies: Any, order: Any) -> Any:
+        def loss(frequencies: Any) -> Any:
+            sols = pk.solve_ensemble(
+                lambda t, y, w: jnp.stack([w * y[1], -w * y[0]]), y0s, 0.0, 2.0, frequencies, in_axes=(0, 0),
+                max_steps=512, step=pk.Adaptive(1e-3, 1e-6), dt0=0.05, order=order,
+            )  # fmt: skip
+            return jnp.sum(sols.ys**2), sols.stats.attempts
+
+        return jax.grad(loss, has_aux=True)(frequencies)
+
+    (_, attempts), launches = executed(gradient, y0s, frequencies, np.zeros(lanes, np.int32))
+    attempts = np.asarray(attempts)
+    assert max(attempts) >= 15 * min(attempts) and len(launches) == 2
+    slowest = np.sum(np.max(attempts.reshape(-1, 32), axis=1)) / np.sum(attempts)
+    for launch in launches:
+        one_lane = sum(launch.result.thread_counts.values())
+        assert sum(launch.result.warp_counts.values()) <= 1.1 * one_lane * slowest
+    (_, again), launches = executed(gradient, y0s, frequencies, attempts)
+    np.testing.assert_array_equal(again, attempts)
+    for launch in launches:
+        one_lane = sum(launch.result.thread_counts.values())
+        assert sum(launch.result.warp_counts.values()) <= 1.15 * one_lane / 32
