@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from gpu_matrix import Cost, Entry, Table, compile_entry, cost, matrix, versions
+from gpu_matrix import Cost, Entry, Table, compile_entry, cost, matrix, sliced, versions
 
 
 def measure(entry: Entry) -> tuple[Entry, Cost | str]:
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--runner", choices=["native", "pallas"])
     parser.add_argument("--field", nargs="*")
     parser.add_argument("--kind", nargs="*")
+    parser.add_argument("--only-slice", action="store_true", help="what the test suite compiles")
     parser.add_argument("--limit", type=float, default=float("inf"), help="stop after so many seconds")
     options = parser.parse_args()
     table = Table.read()
@@ -50,7 +51,7 @@ def main() -> int:
         table.rows, table.versions = {}, versions()
     wanted = [
         entry
-        for entry in matrix()
+        for entry in (sliced() if options.only_slice else matrix())
         if options.runner in (None, entry.runner)
         and (options.field is None or entry.field in options.field)
         and (options.kind is None or entry.kind in options.kind)

@@ -24,28 +24,6 @@ from pykernels.kernels import cuda, pallas
 TABLE = Table.read()
 
 
-def sliced() -> list[Entry]:
-    """Entries that have between them every value of every axis, by both runners, steered clear of the slowest."""
-    steps = [
-        (m, s) for m in METHODS for s in ("fixed", "adaptive") if s == "fixed" or METHODS[m].error is not None
-    ]
-    fields = itertools.cycle(PROBLEMS)
-    kinds = itertools.cycle(KINDS)
-    entries = []
-    for i, (method, step) in enumerate(steps):
-        field, kind = next(fields), next(kinds)
-        for runner, dtype in zip(
-            RUNNERS, ("float32", "float64") if i % 2 else ("float64", "float32"), strict=True
-        ):
-            entries.append(Entry(runner, field, method, step, dtype, kind, (80, 90)[i // 2 % 2]))
-    # Every field backward once, where it takes little.
-    entries += [
-        Entry(("native", "pallas")[i % 2], field, "bosh3", "adaptive", "float32", "backward", 90)
-        for i, field in enumerate(PROBLEMS)
-    ]
-    return entries
-
-
 SLICE = sliced()
 
 

@@ -30,14 +30,15 @@ from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.ir import Argument, Program, Target, scalar_type, warps_of
 from pykernels.kernels.launch import SCRATCH_POINTERS, Image, capability, launch
 from pykernels.kernels.llvm import as_native
+from pykernels.lanes import operation_count
 
 # Warps per block, forward and backward. A lane needs many registers, so blocks are small, and several of them share a
 # processor; backward the threads of a block wait for each other between segments, which those of different warps need not.
 WARPS = {False: 2, True: 1}
 # Registers a thread may have, by bytes of a float, in kernels so small that they need no more: without the cap ptxas takes
-# 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems, methods of more
-# stages, and kernels that save values or differentiate time take what they need.
-SMALL_ELEMENTS, SMALL_STAGES, REGISTERS = 3, 7, {4: 80, 8: 136}
+# 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems and fields, methods of
+# more stages, and kernels that save values or differentiate time take what they need.
+SMALL_ELEMENTS, SMALL_STAGES, SMALL_OPERATIONS, REGISTERS = 3, 7, 64, {4: 80, 8: 136}
 # PTX in the disk cache is valid for one format of its entries.
 _FORMAT = 1
 _LIBDEVICE = (
@@ -167,6 +168,7 @@ def _registers(kernel: Kernel) -> int | None:
     """Most registers a thread may have, None: as many as it takes."""
     solve = kernel.solve
     small = solve.field.elements <= SMALL_ELEMENTS and solve.method.stages <= SMALL_STAGES
+    small = small and operation_count(solve.field.jaxpr) <= SMALL_OPERATIONS
     plain = solve.saves is None and not any((kernel.wrt or ())[: solve.first_y])
     return REGISTERS[solve.field.dtype.itemsize] if small and plain else None
 
