@@ -36,8 +36,8 @@ from pykernels.lanes import operation_count
 # processor; backward the threads of a block wait for each other between segments, which those of different warps need not.
 WARPS = {False: 2, True: 1}
 # Registers a thread may have, by bytes of a float, in kernels so small that they need no more: without the cap ptxas takes
-# 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems and fields, methods of
-# more stages, and kernels that save values or differentiate time take what they need.
+# 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems and fields, methods
+# of more stages, and kernels that save values or differentiate time take what they need.
 SMALL_ELEMENTS, SMALL_STAGES, SMALL_OPERATIONS, REGISTERS = 3, 7, 64, {4: 80, 8: 136}
 # PTX in the disk cache is valid for one format of its entries.
 _FORMAT = 1
