@@ -121,8 +121,7 @@ def test_forward_mode_and_the_bounded_tree() -> None:
         value = functools.partial(loss, order, adjoint=pk.BoundedTree(), max_steps=256)
         return jax.jit(jax.grad(value, every))(*values)
 
-    for adjoint, order in ((pk.ForwardOnly(), "work"), (pk.BoundedTree(), np.arange(LANES) % 9)):
-        assert_same_bits(tangents(order, adjoint), tangents(None, adjoint))
+    assert_same_bits(tangents("work", pk.ForwardOnly()), tangents(None, pk.ForwardOnly()))
     assert_same_gradients(gradient("work"), gradient(None))
     with pytest.raises(TypeError, match=r"supports jax\.jvp and jax\.jacfwd only"):
         jax.grad(functools.partial(loss, "work", adjoint=pk.ForwardOnly()), 5)(*values)
