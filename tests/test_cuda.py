@@ -310,7 +310,7 @@ EXECUTED = [
     ("pallas", problems.FORCED_OSCILLATOR, pk.bosh3, np.float64, "saved", False),
     ("native", problems.FORCED_OSCILLATOR, pk.bosh3, np.float64, "final", True),
     ("native", problems.PENDULUM, pk.dopri5, np.float32, "final", True),
-    ("pallas", problems.PERCEPTRON, pk.bosh3, np.float64, "final", True),
+    ("pallas", problems.PERCEPTRON, pk.euler, np.float64, "final", True),
 ]
 
 
