@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import jax
 import pytest
 
@@ -30,3 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--runner native: {reason}")
     if runner == "xla":
         cpu.unavailable = lambda: "switched off by --runner xla"
+
+
+@pytest.fixture(scope="session")
+def ptxrun(request: pytest.FixtureRequest) -> Any:
+    """ptxrun's module that runs a JAX function with its CUDA kernels executed from their PTX."""
+    folder = request.config.getoption("--ptxrun")
+    if folder is None:
+        pytest.skip("no --ptxrun")
+    sys.path.insert(0, str(Path(folder).resolve()))
+    import from_jax
+
+    return from_jax

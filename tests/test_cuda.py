@@ -284,17 +284,12 @@ def test_what_fits_tiles(field: Any, shape: tuple[int, ...], reason: str | None)
 
 
 @pytest.fixture(scope="module")
-def on_ptx(request: pytest.FixtureRequest) -> Any:
+def on_ptx(ptxrun: Any) -> Any:
     """Runs a function with its CUDA kernels executed from their PTX, with poisoned buffers and race checks."""
-    folder = request.config.getoption("--ptxrun")
-    if folder is None:
-        pytest.skip("no --ptxrun")
-    sys.path.insert(0, str(Path(folder).resolve()))
-    import from_jax
 
     def run(function: Any, *args: Any) -> Any:
         report: list[Any] = []
-        out = from_jax.run_on_ptx(function, *args, report=report, poison=True, check_races=True)
+        out = ptxrun.run_on_ptx(function, *args, report=report, poison=True, check_races=True)
         assert report and not any(entry.result.warnings for entry in report)
         return out, report
 

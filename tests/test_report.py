@@ -4,8 +4,6 @@ what is counted is held against the instructions that `shared/ptxrun` executes (
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import arithmetic
@@ -238,17 +236,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def executed(request: pytest.FixtureRequest) -> Any:
+def executed(ptxrun: Any) -> Any:
     """Runs a function whose CUDA kernels are executed from their PTX; returns its value and the launches."""
-    folder = request.config.getoption("--ptxrun")
-    if folder is None:
-        pytest.skip("no --ptxrun")
-    sys.path.insert(0, str(Path(folder).resolve()))
-    import from_jax
 
     def run(function: Any, *args: Any) -> Any:
         launches: list[Any] = []
-        return from_jax.run_on_ptx(function, *args, report=launches), launches
+        return ptxrun.run_on_ptx(function, *args, report=launches), launches
 
     return run
 

@@ -487,6 +487,7 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
         rows = _Milestones(solve, method, milestone_refs)
         pull.attach(cotangent_refs, _result_of(solve, wrt, result_refs, solve.first_y - 1))
         cotangents = pull.begin()
+        # Never 0, or the loop below would not end.
         stride, count = jnp.maximum(jnp.max(decisions_ref[0, :]), 1), jnp.max(pull.attempts)
 
         def segment(carry: tuple[Any, ...]) -> tuple[Any, ...]:

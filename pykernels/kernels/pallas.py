@@ -84,9 +84,13 @@ def without_triton() -> str | None:
 
 def kind_of(kernel: Kernel) -> str:
     """How a kernel holds its arrays: "tiles" where the field is made of products with shared matrices, else "registers"."""
-    field, lane = kernel.solve.field, kernel.solve.lane[kernel.solve.first_operand :]
-    known = (True,) * (1 + len(field.y_shapes))
-    return "registers" if lifts.tile_obstacle(field.jaxpr, (*known, *lane)) else "tiles"
+    return "registers" if lifts.tile_obstacle(kernel.solve.field.jaxpr, _field_lanes(kernel)) else "tiles"
+
+
+def _field_lanes(kernel: Kernel) -> tuple[bool, ...]:
+    """Which inputs of the field have lanes: time and state always."""
+    solve = kernel.solve
+    return (*(True,) * (1 + len(solve.field.y_shapes)), *solve.lane[solve.first_operand :])
 
 
 def lifted(kernel: Kernel) -> Kernel:
@@ -111,8 +115,7 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
         return reason
     kernel = lifted(kernel)
     if kernel.solve.kind == "registers":
-        field, lane = kernel.solve.field, kernel.solve.lane[kernel.solve.first_operand :]
-        reason = lifts.component_obstacle(field.jaxpr, (*(True,) * (1 + len(field.y_shapes)), *lane))
+        reason = lifts.component_obstacle(kernel.solve.field.jaxpr, _field_lanes(kernel))
         if reason is not None:
             return reason
     largest = max(math.prod(b.shape) for b in (*kernel.operands, *kernel.results, *kernel.scratch))
