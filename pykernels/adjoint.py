@@ -273,7 +273,7 @@ def _tree_step(stepper: Stepper, saves: jax.Array | None, carry: _Tree) -> _Tree
 
 def _fill_rows(
     method: Method, rows: Pieces, saves: jax.Array, inside: jax.Array, t: jax.Array, h: jax.Array, y: Pieces,
-    stages: list[Pieces],
+    stages: Sequence[Pieces],
 ) -> Pieces:  # fmt: skip
     """Interpolated values for the rows whose time lies inside the step, all rows at once."""
     size = jnp.where(h == 0, jnp.ones_like(h), h)

@@ -29,14 +29,20 @@ def dense_slopes(
 
 def weighted_sum(weights: Sequence[float | Array | None], stages: Sequence[list[Array]]) -> list[Array]:
     """sum_i w_i k_i for every piece of the state; weights that are None or exactly zero cost nothing."""
-    terms = [(w, k) for w, k in zip(weights, stages, strict=True) if w is not None and not _is_zero(w)]
+    if len(weights) != len(stages):
+        raise ValueError(f"{len(weights)} weights for {len(stages)} stages")
+    # Only these are read: stages may lie in memory.
+    terms = [(w, stages[i]) for i, w in enumerate(weights) if w is not None and not _is_zero(w)]
+    if not terms:
+        return [jnp.zeros_like(piece) for piece in stages[0]]
     sums = []
-    for piece in range(len(stages[0])):
+    for piece in range(len(terms[0][1])):
         total = None
         for w, k in terms:
             term = k[piece] if _is_one(w) else w * k[piece]
             total = term if total is None else total + term
-        sums.append(jnp.zeros_like(stages[0][piece]) if total is None else total)
+        assert total is not None
+        sums.append(total)
     return sums
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from pykernels.kernels import body, cpu, cuda, pallas, xla
-from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels.body import Kernel
+from pykernels.kernels.buffers import Buffer
 from pykernels.kernels.launch import Image
 from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
@@ -201,9 +202,15 @@ def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[
 
 # How each of a GPU's runners compiles a kernel for a compute capability, and its lanes per block (None: one per
 # thread).
-_IMAGES: dict[str, tuple[Callable[[Kernel, int], Image], int | None]] = {
-    "native": (lambda kernel, capability: cuda.compiled(cuda.as_native(kernel), capability), None),
-    "pallas": (lambda kernel, capability: pallas.compiled(pallas.lifted(kernel), capability), pallas.BLOCK),
+_IMAGES: dict[str, tuple[Callable[[Kernel, int], Image], Callable[[Kernel], int | None]]] = {
+    "native": (
+        lambda kernel, capability: cuda.compiled(cuda.lifted(kernel), capability),
+        lambda kernel: None,
+    ),
+    "pallas": (
+        lambda kernel, capability: pallas.compiled(pallas.lifted(kernel), capability),
+        pallas.block_size,
+    ),
 }
 
 
@@ -219,7 +226,7 @@ def gpu_images(
     found = []
     for (name, _), kernel in zip(chosen, kernels, strict=True):
         compiled, block = _IMAGES[name]
-        found.append((name, compiled(kernel, capability), block))
+        found.append((name, compiled(kernel, capability), block(kernel)))
     return found
 
 

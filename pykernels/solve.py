@@ -107,8 +107,8 @@ class Config:
     `plan`: "lanes" fuses the whole solve of a block of trajectories, "array" evaluates the field as written.
     `runner`: "native" is machine code through LLVM, on CPUs and NVIDIA GPUs, "pallas" a Pallas kernel, on NVIDIA GPUs (where
     one of them is not possible an error says why), "xla" the portable one.
-    `lift`: "components" or "arrays", how the portable runner lifts the field. `block`: trajectories per block; the native
-    runner takes the next power of two.
+    `lift`: "components" or "arrays", how the portable runner lifts the field. `block`: trajectories per block; on CPUs
+    the native runner takes the next power of two, up to 64, on GPUs whole warps of 32, up to 1,024.
     """
 
     plan: Literal["lanes", "array"] | None = None

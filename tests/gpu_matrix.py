@@ -33,7 +33,7 @@ METHODS = {m.name: m for m in (pk.euler, pk.rk4, pk.bosh3, pk.tsit5, pk.dopri5, 
 PROBLEMS = {p.name: p for p in problems.PROBLEMS}
 KINDS = ("forward", "milestones", "save_at", "backward")
 RUNNERS = {"native": cuda, "pallas": pallas}
-LIFTED = {"native": cuda.as_native, "pallas": pallas.lifted}
+LIFTED = {"native": cuda.lifted, "pallas": pallas.lifted}
 # Arguments that all trajectories share, whose gradients are sums over lanes; those of the other fields are per lane.
 SHARED = frozenset({"coupled", "perceptron", "perceptron64"})
 

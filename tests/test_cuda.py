@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -182,7 +183,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 def test_ptx_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is whole is found, and what is damaged, or of another architecture, made again."""
-    kernel = cuda.as_native(kernels(problems.LORENZ, np.float32, **TSIT5)[0])
+    kernel = cuda.lifted(kernels(problems.LORENZ, np.float32, **TSIT5)[0])
     made: list[int] = []
     compile_ptx = cuda.compile_ptx
 
@@ -306,6 +307,10 @@ EXECUTED = [
     ("native", problems.FORCED_OSCILLATOR, pk.bosh3, np.float64, "final", True),
     ("native", problems.PENDULUM, pk.dopri5, np.float32, "final", True),
     ("pallas", problems.PERCEPTRON, pk.euler, np.float64, "final", True),
+    # Stages in a loop: components, and arrays; cotangents of operands per lane, and summed.
+    ("pallas", problems.COUPLED, pk.bosh3, np.float64, "final", True),
+    ("native", problems.COUPLED, pk.rk4, np.float64, "saved", False),
+    ("native", problems.PERCEPTRON, pk.vern7, np.float64, "final", True),
 ]
 
 
@@ -339,8 +344,30 @@ def test_executed_ptx_gives_the_reference(
     check_on_ptx(on_ptx, loss, runner, dtype, y0s, args)
 
 
-def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) -> None:
-    """Value, gradient and auxiliary results of loss(config, *args) from PTX against the portable runner's."""
+@pytest.mark.parametrize(
+    ("runner", "problem"),
+    [("native", problems.SIR), ("pallas", problems.SIR), ("pallas", problems.PERCEPTRON)],
+)
+def test_executed_blocks_of_several_warps(on_ptx: Any, runner: str, problem: Any) -> None:
+    """As many trajectories per block as were asked for, and sums over blocks that the last one does not fill."""
+    y0s, _ = lanes_of(problem, np.float64, 75)
+
+    def loss(config: Any, y0s: Any, args: Any) -> Any:
+        sols = pk.solve_ensemble(
+            problem.field, y0s, problem.t0, problem.t0 + 1.0, args, in_axes=(0, None), method=pk.heun,
+            step=pk.Adaptive(1e-3, 1e-5), dt0=0.2, max_steps=64, throw=False, config=dataclasses.replace(config, block=64),
+        )  # fmt: skip
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(sols.ys)), sols.stats.attempts
+
+    report = check_on_ptx(on_ptx, loss, runner, np.float64, y0s, problem.args())
+    assert [(entry.kernel.grid[0], entry.kernel.num_warps) for entry in report] == [
+        (2, 2 if problem is problems.SIR else 8)
+    ] * 2
+
+
+def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) -> Any:
+    """Value, gradient and auxiliary results of loss(config, *args) from PTX against the portable runner's. Returns the report
+    of the launches."""
 
     def program(config: Any) -> Any:
         return jax.jit(jax.value_and_grad(functools.partial(loss, config), (0, 1), has_aux=True))
@@ -352,7 +379,7 @@ def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) ->
     if dtype == np.float64:
         for a, b in zip(*leaves, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(np.max(np.abs(b)), 1e-3))
-        return
+        return report
     # Rounding moves the step sizes a little: both are held against the float64 solution with the same settings.
     double = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in args]
     exact = [np.asarray(x) for x in jax.tree.leaves(program(pk.Config(runner="xla"))(*double))]
@@ -360,6 +387,7 @@ def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) ->
         scale = max(np.max(np.abs(c)), 1e-3)
         error, portable = np.max(np.abs(a - c)) / scale, np.max(np.abs(b - c)) / scale
         assert error <= max(3 * portable, 32 * np.finfo(np.float32).eps), (error, portable)
+    return report
 
 
 def operations(t: Any, y: Any, rate: Any) -> Any:

@@ -37,7 +37,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def images(dtype: Any, capability: int = 90, **settings: Any) -> list[Image]:
     """Lorenz forward, forward with milestones, and backward by state and arguments."""
     made = kernels(problems.LORENZ, dtype, **(TSIT5 | settings))
-    return [cuda.compiled(cuda.as_native(kernel), capability) for kernel in made]
+    return [cuda.compiled(cuda.lifted(kernel), capability) for kernel in made]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -126,13 +126,13 @@ def test_unrolled_loops_are_counted_once() -> None:
         "decay", decay, lambda dtype: np.ones(2, dtype), lambda dtype: np.ones((), dtype), 0.0, 1.0
     )
     backward = kernels(problem, np.float32, method=pk.euler, step=pk.Fixed(100))[2]
-    found = report.report(cuda.compiled(cuda.as_native(backward), 90), 64)
+    found = report.report(cuda.compiled(cuda.lifted(backward), 90), 64)
     # y is noted once and read once.
     assert found.attempt_loops == 2 and found.attempt.bytes == 16 and found.attempt.total < 60
 
 
 def test_spills_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = cuda.as_native(kernels(problems.LORENZ, np.float32, **TSIT5)[2])
+    kernel = cuda.lifted(kernels(problems.LORENZ, np.float32, **TSIT5)[2])
     program = cuda.program_of(kernel)
     assert isinstance(program, Program)
     monkeypatch.setattr(cuda, "REGISTERS", {4: 32})
@@ -172,7 +172,7 @@ def explained(field: Any = problems.LORENZ.field, target: Any = "sm_90", **setti
 def test_an_attempt_takes_little_more_than_its_arithmetic() -> None:
     """Lorenz, tsit5, float32."""
     kernel = kernels(problems.LORENZ, np.float32, **TSIT5)[0]
-    parts = arithmetic.least(cuda.as_native(kernel).solve)
+    parts = arithmetic.least(cuda.lifted(kernel).solve)
     # By hand: 21 weights, 6 stages, 7 errors; the field is 2 differences, 2 products, 2 fused multiply-adds.
     assert parts["stages"] == (21 + 6) * 3 and parts["field"] == 6 * 6 and parts["error"] == 8 * 3
     forward, recorded, backward = (report.report(image, 4096) for image in images(np.float32))

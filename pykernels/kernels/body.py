@@ -21,28 +21,30 @@ exact one of a solve that the tolerance cannot tell from the forward pass.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from pykernels import schedule
 from pykernels.interpolation import dense_slopes, dense_weights, weighted_sum
+from pykernels.kernels import rolled
+from pykernels.kernels.buffers import Buffer, Rows, load, merge, store
 from pykernels.kernels.stepper import (
     Method,
     Optional,
     Pieces,
+    Pulled,
     Solve,
     State,
     Stepper,
     Taken,
     any_lane,
     in_step,
+    inner,
     outcome,
     plus,
     together,
@@ -55,20 +57,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """A result or scratch buffer of a kernel: its shape without lanes. `lanes` False: one partial sum per block."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    lanes: bool = True
-
-
-@dataclass(frozen=True)
 class Kernel:
     """A body with everything that is static about it; hashable. Forward, or backward with respect to the inputs in `wrt`.
 
     Operands, in order: the solve's inputs; backward then also attempts (0 for lanes whose cotangents are all zero or that
-    failed), decisions, milestone rows, and the cotangents of the values. Then come results and scratch buffers.
+    failed), decisions, milestone rows, and the cotangents of the values; last the `tables`, which a runner brings itself.
+    Then come results and scratch buffers.
     """
 
     solve: Solve
@@ -92,11 +86,17 @@ class Kernel:
             Buffer(shape, np.dtype(dtype), lane)
             for shape, dtype, lane in zip(input_shapes(solve), dtypes, solve.lane, strict=True)
         ]
+        tables = [Buffer(table.shape, table.dtype, lanes=False) for table in self.tables]
         if self.wrt is None:
-            return inputs
+            return [*inputs, *tables]
         values = len(solve.field.y_shapes)
         buffers = forward_buffers(solve, self.record)
-        return [*inputs, Buffer((), np.dtype(np.int32)), *buffers[values + 1 :], *buffers[:values]]
+        return [*inputs, Buffer((), np.dtype(np.int32)), *buffers[values + 1 :], *buffers[:values], *tables]
+
+    @property
+    def tables(self) -> list[np.ndarray]:
+        """Constants that the body reads as its last operands."""
+        return rolled.tables(self.solve) if self.solve.rolled else []
 
     @property
     def results(self) -> list[Buffer]:
@@ -110,7 +110,7 @@ class Kernel:
     def scratch(self) -> list[Buffer]:
         """What a block needs while it runs."""
         if self.wrt is None:
-            return []
+            return _step_scratch(self.solve, None)
         assert self.record is not None
         return backward_buffers(self.solve, self.record, self.wrt)[1]
 
@@ -120,24 +120,19 @@ class Kernel:
         return None if self.wrt is None else len(self.solve.lane)
 
 
-def _load(ref: Any, index: tuple[Any, ...]) -> Array:
-    """`ref[(*index, ...)]`, also for a buffer without elements, which JAX 0.12 refuses to index."""
-    if 0 in ref.shape:
-        return jnp.zeros(ref.shape[len(index) :], ref.dtype)
-    return ref[(*index, ...)]
+def _step_scratch(solve: Solve, wrt: Sequence[bool] | None) -> list[Buffer]:
+    """What single steps need, and with `wrt` their pullbacks."""
+    if not solve.rolled:
+        return []
+    return rolled.step_buffers(solve) + ([] if wrt is None else rolled.pullback_buffers(solve, wrt))
 
 
-def _store(ref: Any, index: tuple[Any, ...], value: Array) -> None:
-    if 0 not in ref.shape:
-        ref[(*index, ...)] = value
-
-
-def _merge(ref: Any, index: tuple[Any, ...], mask: Array, value: Array) -> None:
-    """Store in the lanes of the mask only. A runner's own view of a buffer may know better than to read the other lanes."""
-    if hasattr(ref, "merge"):
-        ref.merge(index, mask, value)
-    else:
-        _store(ref, index, jnp.where(mask, value, _load(ref, index)))
+def _method(solve: Solve, wrt: Sequence[bool] | None, refs: Sequence[Any]) -> Method:
+    """The method of a body, for derivatives if there is `wrt`. `refs`: the tables, then `_step_scratch`."""
+    differentiated = wrt is not None
+    if solve.rolled:
+        return rolled.Rolled(solve, refs, differentiated=differentiated, spread=wrt)
+    return Method(solve, differentiated=differentiated, spread=wrt)
 
 
 class _Reader:
@@ -154,7 +149,7 @@ class _Reader:
     def pieces(self, index: int, shape: tuple[int, ...], *, spread: bool = False) -> Pieces:
         """Pieces of an input; `spread`: a shared one gets a lane axis, so that its cotangents stay per lane."""
         ref = self.refs[index]
-        values = [_load(ref, at) for at in self.method.lift.pieces(shape)]
+        values = [load(ref, at) for at in self.method.lift.pieces(shape)]
         if spread and not self.solve.lane[index]:
             values = [jnp.broadcast_to(v[..., None], (*v.shape, self.lanes)) for v in values]
         return values
@@ -175,40 +170,12 @@ class _Reader:
         return self.refs[index][row, :] if self.solve.lane[index] else self.refs[index][row]
 
 
-class _Rows:
-    """Rows of lane vectors in a few buffers: one for scalars per lane, one per leaf of the state."""
-
-    def __init__(self, solve: Solve, method: Method, refs: Sequence[Any], scalars: int) -> None:
-        self.shapes, self.method, self.scalars = solve.field.y_shapes, method, scalars
-        self.scalar_ref: Any = refs[0] if scalars else None
-        self.leaf_refs = refs[1:] if scalars else refs
-
-    @staticmethod
-    def buffers(solve: Solve, rows: int, scalars: int) -> list[Buffer]:
-        first = [Buffer((rows, scalars), solve.field.dtype)] if scalars else []
-        return first + [Buffer((rows, *shape), solve.field.dtype) for shape in solve.field.y_shapes]
-
-    def write(self, row: Array, scalars: Sequence[Array], y: Pieces) -> None:
-        for i, value in enumerate(scalars):
-            self.scalar_ref[row, i, :] = value
-        for (ref, at), piece in zip(self._places(), y, strict=True):
-            _store(ref, (row, *at), piece)
-
-    def read(self, row: Array) -> tuple[list[Array], Pieces]:
-        scalars = [self.scalar_ref[row, i, :] for i in range(self.scalars)]
-        return scalars, [_load(ref, (row, *at)) for ref, at in self._places()]
-
-    def _places(self) -> list[tuple[Any, tuple[int, ...]]]:
-        pairs = zip(self.leaf_refs, self.shapes, strict=True)
-        return [(ref, at) for ref, shape in pairs for at in self.method.lift.pieces(shape)]
-
-
 class _Milestones:
     """What restarts a segment, in rows: (t, low, h, controller memory) for adaptive steps, and the state."""
 
     def __init__(self, solve: Solve, method: Method, refs: Sequence[Any]) -> None:
         self.solve = solve
-        self.rows = _Rows(solve, method, refs, self.scalars(solve))
+        self.rows = Rows(solve, method, refs, self.scalars(solve))
 
     @staticmethod
     def scalars(solve: Solve) -> int:
@@ -216,7 +183,7 @@ class _Milestones:
 
     @classmethod
     def buffers(cls, solve: Solve, rows: int) -> list[Buffer]:
-        return _Rows.buffers(solve, rows, cls.scalars(solve))
+        return Rows.buffers(solve, rows, cls.scalars(solve))
 
     def save(self, row: Array, state: State) -> None:
         self.rows.write(
@@ -255,13 +222,15 @@ def forward_buffers(solve: Solve, record: Record | None) -> list[Buffer]:
 
 def forward(solve: Solve, record: Record | None) -> Callable[..., None]:
     """The forward body: integrates a block from t0 to t1, saving values, counts and (with `record`) milestones."""
-    n_inputs, n_y = len(solve.lane), len(solve.field.y_shapes)
+    n_inputs, n_y, n_tables = len(solve.lane), len(solve.field.y_shapes), len(Kernel(solve, record).tables)
+    n_recorded = len(forward_buffers(solve, record)) - n_y - 1
 
     def body(*refs: Any) -> None:
-        method = Method(solve, differentiated=False)
-        reader = _Reader(solve, method, refs[:n_inputs])
-        value_refs, counts_ref = refs[n_inputs : n_inputs + n_y], refs[n_inputs + n_y]
-        record_refs = refs[n_inputs + n_y + 1 :]
+        split = _splitter(refs)
+        inputs, tables, value_refs, (counts_ref,) = split(n_inputs), split(n_tables), split(n_y), split(1)
+        record_refs, step_refs = split(n_recorded), split(len(_step_scratch(solve, None)))
+        method = _method(solve, None, [*tables, *step_refs])
+        reader = _Reader(solve, method, inputs)
         operands = [
             reader.pieces(solve.first_operand + i, struct.shape)
             for i, struct in enumerate(solve.field.operands)
@@ -354,7 +323,7 @@ def _store_leaves(
     position = 0
     for ref, shape in zip(refs, shapes, strict=True):
         for at in method.lift.pieces(shape):
-            _store(ref, at, jnp.broadcast_to(pieces[position], ref.shape[len(at) :]))
+            store(ref, at, jnp.broadcast_to(pieces[position], ref.shape[len(at) :]))
             position += 1
 
 
@@ -414,7 +383,7 @@ class _Saver:
         method, position = self.stepper.method, 0
         for ref, shape in zip(self.refs, self.reader.solve.field.y_shapes, strict=True):
             for at in method.lift.pieces(shape):
-                _merge(ref, (row, *at), mask, pieces[position])
+                merge(ref, (row, *at), mask, pieces[position])
                 position += 1
 
 
@@ -428,7 +397,7 @@ def backward_buffers(solve: Solve, record: Record, wrt: Sequence[bool]) -> tuple
         for i, (shape, dtype, lane) in enumerate(zip(shapes, dtypes, solve.lane, strict=True))
         if wrt[i]
     ]
-    scratch = _Rows.buffers(solve, record.scratch, _noted_scalars(solve, wrt))
+    scratch = _step_scratch(solve, wrt) + Rows.buffers(solve, record.scratch, _noted_scalars(solve, wrt))
     for rows in _replay_rows(solve, record):
         scratch += _Milestones.buffers(solve, rows)
     return results, scratch
@@ -459,7 +428,7 @@ class _Cotangents(NamedTuple):
     """What is carried backwards through the attempts."""
 
     y: Pieces
-    operands: list[Pieces | None]
+    operands: list[Pieces]  # of those wanted, unless the method adds them up
     t: Optional  # of the current time, of the next step size (of all steps if fixed) and of t1
     h: Optional
     t1: Optional
@@ -473,15 +442,17 @@ def backward(solve: Solve, record: Record, wrt: Sequence[bool]) -> Callable[...,
     values' cotangents; then `backward_buffers`.
     """
     n_inputs, n_y = len(solve.lane), len(solve.field.y_shapes)
-    n_milestones = len(_Milestones.buffers(solve, record.count))
+    n_milestones, n_tables = len(_Milestones.buffers(solve, record.count)), len(Kernel(solve, record).tables)
 
     def body(*refs: Any) -> None:
         results, scratch = backward_buffers(solve, record, wrt)
+        step_scratch = len(_step_scratch(solve, wrt))
         split = _splitter(refs)
         inputs, (attempts_ref, decisions_ref) = split(n_inputs), split(2)
-        milestone_refs, cotangent_refs = split(n_milestones), split(n_y)
-        result_refs, scratch_refs = split(len(results)), split(len(scratch))
-        method = Method(solve, differentiated=True, spread=wrt)
+        milestone_refs, cotangent_refs, tables = split(n_milestones), split(n_y), split(n_tables)
+        result_refs, step_refs = split(len(results)), split(step_scratch)
+        scratch_refs = split(len(scratch) - step_scratch)
+        method = _method(solve, wrt, [*tables, *step_refs])
         reader = _Reader(solve, method, inputs)
         pull = _Pullback(solve, record, wrt, method, reader, attempts_ref[...], decisions_ref, scratch_refs)
         rows = _Milestones(solve, method, milestone_refs)
@@ -542,18 +513,20 @@ class _Pullback:
         self.solve, self.record, self.wrt, self.method, self.reader = solve, record, wrt, method, reader
         self.attempts, self.decisions_ref = attempts, decisions
         self.times = any(wrt[: 2 + solve.has_dt0])
-        spread = method.lift.spreads_shared
+        spread = solve.spreads_shared
+        self.wanted = wrt[solve.first_operand :]
         self.operands = [
             reader.pieces(i, struct.shape, spread=spread and wrt[i])
             for i, struct in enumerate(solve.field.operands, solve.first_operand)
         ]
-        self.per_lane = [lane or spread for lane in solve.lane[solve.first_operand :]]
+        lanes = zip(self.wanted, solve.lane[solve.first_operand :], strict=True)
+        self.per_lane = [lane or spread for wanted, lane in lanes if wanted]
         self.stepper = reader.stepper(self.operands)
         shared = any(w and not lane for w, lane in zip(wrt, solve.lane, strict=True))
         self.masked = shared and not spread
         split = _splitter(scratch)
         noted = _noted_scalars(solve, wrt)
-        self.notes = _Rows(solve, method, split(len(_Rows.buffers(solve, 1, noted))), noted)
+        self.notes = Rows(solve, method, split(len(Rows.buffers(solve, 1, noted))), noted)
         self.strides = schedule.replay_strides(solve.max_steps, record)
         size = len(_Milestones.buffers(solve, 1))
         self.levels = [_Milestones(solve, method, split(size)) for _ in self.strides]
@@ -584,17 +557,22 @@ class _Pullback:
             rows = jnp.full(zero.shape, solve.saves, jnp.int32)
             last = jnp.broadcast_to(self.reader.save_time(jnp.int32(solve.saves - 1)), zero.shape)
             pointer = (rows, last if solve.saves else self.stepper.direction * -jnp.inf)
-        operands = [
-            [jnp.zeros_like(p) for p in pieces] if self.wrt[i] else None
-            for i, pieces in enumerate(self.operands, solve.first_operand)
-        ]
+        if isinstance(self.method, rolled.Rolled):
+            self.method.clear_sums()
+            operands = []
+        else:
+            operands = [
+                [jnp.zeros_like(p) for p in pieces]
+                for pieces, w in zip(self.operands, self.wanted, strict=True)
+                if w
+            ]
         t, h, t1 = (zero, zero, zero) if self.times else (None, None, None)
         return _Cotangents(y, operands, t, h, t1, pointer)
 
     def _row_pieces(self, row: tuple[Any, ...]) -> Pieces:
         """Cotangents of one row of saved values (or of the final state)."""
         return [
-            _load(ref, (*row, *at))
+            load(ref, (*row, *at))
             for ref, shape in zip(self.cotangent_refs, self.solve.field.y_shapes, strict=True)
             for at in self.method.lift.pieces(shape)
         ]
@@ -755,37 +733,24 @@ class _Pullback:
         """Through one attempt, backwards."""
         dense = self.solve.saves is not None
         mask = accepted if self.masked else None
-        wanted = [o for o, ct in zip(self.operands, cotangents.operands, strict=True) if ct is not None]
-
-        def step(y: Pieces, wanted: list[Pieces], t: Array, h: Array) -> tuple[Pieces, list[Pieces]]:
-            rest = iter(wanted)
-            operands = [
-                o if ct is None else next(rest)
-                for o, ct in zip(self.operands, cotangents.operands, strict=True)
-            ]
-            k0 = self.method.field(t, y, operands, mask)
-            stages, y1 = self.method.step(t, h, y, k0, operands, mask, last=False, dense=dense)
-            return y1, stages if dense else []
-
-        if self._dates:
-            (_, stages), pull = jax.vjp(step, y, wanted, t, h)
-        else:
-            (_, stages), pull = jax.vjp(lambda y, wanted: step(y, wanted, t, h), y, wanted)
-        zeros = [jnp.zeros_like(p) for p in y]
-        direct, stage_cts = zeros, [zeros] * len(stages)
+        pulled = self.method.linearize(
+            t, h, y, self.operands, self.wanted, mask, dense=dense, times=self._dates
+        )
+        stage_cts = pulled.begin()
+        direct = [jnp.zeros_like(p) for p in y]
         t_ct = h_ct = jnp.zeros_like(t) if self._dates else None
         pointer = cotangents.pointer
         if dense:
             pointer, direct, stage_cts, t_ct, h_ct = self._saved_values(
-                pointer, t, h, y, stages, accepted, direct, stage_cts, t_ct, h_ct
+                pointer, t, h, pulled, accepted, direct, stage_cts, t_ct, h_ct
             )
         y1_ct = [jnp.where(accepted, ct, 0.0) for ct in cotangents.y]
-        y_ct, wanted_ct, *time_ct = pull((y1_ct, stage_cts))
+        y_ct, wanted_ct, *time_ct = pulled.pull(stage_cts, y1_ct, accepted)
         new_y = [jnp.where(accepted, a + b, ct) for a, b, ct in zip(y_ct, direct, cotangents.y, strict=True)]
-        rest = iter(wanted_ct)
         operands = [
-            ct if ct is None else self._accumulate(ct, next(rest), accepted, lanes)
-            for ct, lanes in zip(cotangents.operands, self.per_lane, strict=True)
+            self._accumulate(total, terms, accepted, lanes)
+            # None of them where the method adds them up.
+            for total, terms, lanes in zip(cotangents.operands, wanted_ct, self.per_lane, strict=False)
         ]
         new = cotangents._replace(y=new_y, operands=operands, pointer=pointer)
         if not self.times:
@@ -802,9 +767,9 @@ class _Pullback:
         return [total + term for total, term in zip(totals, terms, strict=True)]
 
     def _saved_values(
-        self, pointer: Any, t: Array, h: Array, y: Pieces, stages: list[Pieces], accepted: Array, direct: Pieces,
-        stage_cts: list[Pieces], t_ct: Any, h_ct: Any,
-    ) -> tuple[Any, Pieces, list[Pieces], Any, Any]:  # fmt: skip
+        self, pointer: Any, t: Array, h: Array, pulled: Pulled, accepted: Array, direct: Pieces, stage_cts: Any,
+        t_ct: Any, h_ct: Any,
+    ) -> tuple[Any, Pieces, Any, Any, Any]:  # fmt: skip
         """Cotangents of the rows saved in this step, spread over its start, stages, time and size.
 
         A row is Y = y + h sum_s b_s(theta) k_s with theta = (date - t) / h.
@@ -821,13 +786,10 @@ class _Pullback:
             ct = [jnp.where(mask, p, 0.0) for p in self._row_pieces((current,))]
             weights = dense_weights(tableau, theta)
             direct = [a + b for a, b in zip(direct, ct, strict=True)]
-            stage_cts = [
-                stage if w is None else [a + (h * w) * b for a, b in zip(stage, ct, strict=True)]
-                for stage, w in zip(stage_cts, weights, strict=True)
-            ]
+            stage_cts = pulled.add(stage_cts, [None if w is None else h * w for w in weights], ct)
             if self._dates:
-                speed = _inner(weighted_sum(dense_slopes(tableau, theta), stages), ct)
-                h_ct = h_ct + _inner(weighted_sum(weights, stages), ct) - theta * speed
+                speed = inner(weighted_sum(dense_slopes(tableau, theta), pulled.stages), ct)
+                h_ct = h_ct + inner(weighted_sum(weights, pulled.stages), ct) - theta * speed
                 t_ct = t_ct - speed
                 self._save_time_cotangent(current, mask, speed)
             return following, direct, stage_cts, t_ct, h_ct
@@ -848,7 +810,7 @@ class _Pullback:
 
     def _save_time_cotangent(self, row: Array, mask: Array, value: Array) -> None:
         if self.save_times_ref is not None:
-            _merge(self.save_times_ref, (row,), mask, value)
+            merge(self.save_times_ref, (row,), mask, value)
 
     def _step_times(
         self, i: Array, cotangents: _Cotangents, t_ct: Array, h_ct: Array, accepted: Array, slope: Optional,
@@ -889,26 +851,27 @@ class _Pullback:
                 dt0: Any = self.stepper.dt0
                 free = abs(dt0) <= limit(solve.step, abs(dt0))
                 results[2] = jnp.where(free, h * self.stepper.direction * jnp.sign(dt0), 0.0)
-        targets = iter(refs)
-        for i, wanted in enumerate(self.wrt):
-            if not wanted:
-                continue
-            ref = next(targets)
-            if i < solve.first_y:
-                if i in results:
-                    ref[...] = results[i]
-            elif i >= solve.first_operand:
-                self._store_operand(ref, i - solve.first_operand, cotangents)
+        for i, value in results.items():
+            ref = _result_of(solve, self.wrt, refs, i)
+            if ref is not None:
+                ref[...] = value
         start = sum(self.wrt[: solve.first_y])
-        _store_leaves(
-            self.method, refs[start : start + len(solve.field.y_shapes)], solve.field.y_shapes, cotangents.y
-        )
+        operands = start + len(solve.field.y_shapes)
+        lanes = solve.lane[solve.first_operand :]
+        wanted = [lane for lane, w in zip(lanes, self.wanted, strict=True) if w]
+        if isinstance(self.method, rolled.Rolled):
+            self.method.store_sums(refs[operands:], wanted)
+        else:
+            self._store_operands(refs[operands:], cotangents.operands, wanted)
+        _store_leaves(self.method, refs[start:operands], solve.field.y_shapes, cotangents.y)
 
-    def _store_operand(self, ref: Any, index: int, cotangents: _Cotangents) -> None:
-        shape = self.solve.field.operands[index].shape
-        shared = not self.solve.lane[self.solve.first_operand + index]
-        for at, piece in zip(self.method.lift.pieces(shape), cotangents.operands[index] or [], strict=True):
-            _store(ref, at, jnp.sum(piece, axis=-1) if shared and self.per_lane[index] else piece)
+    def _store_operands(self, refs: Sequence[Any], totals: Sequence[Pieces], lane: Sequence[bool]) -> None:
+        structs = [s for s, w in zip(self.solve.field.operands, self.wanted, strict=True) if w]
+        for ref, struct, total, per_lane, has_lanes in zip(
+            refs, structs, totals, self.per_lane, lane, strict=True
+        ):
+            for at, piece in zip(self.method.lift.pieces(struct.shape), total, strict=True):
+                store(ref, at, jnp.sum(piece, axis=-1) if per_lane and not has_lanes else piece)
 
     def _initial_rows(self, cotangents: _Cotangents) -> _Cotangents:
         k0 = None
@@ -920,7 +883,7 @@ class _Pullback:
             current, mask, following = self._pass_row(pointer, pointer[0] > 0)
             ct = [jnp.where(mask, p, 0.0) for p in self._row_pieces((current,))]
             if k0 is not None:
-                speed = _inner(k0, ct)
+                speed = inner(k0, ct)
                 self._save_time_cotangent(current, mask, speed)
                 t = t if t is None else t - jnp.where(mask, speed, 0.0)
             return following, [a + b for a, b in zip(y, ct, strict=True)], t
@@ -929,9 +892,3 @@ class _Pullback:
             lambda carry: any_lane(carry[0][0] > 0), row, (cotangents.pointer, cotangents.y, cotangents.t)
         )
         return cotangents._replace(pointer=pointer, y=y, t=t)
-
-
-def _inner(a: Pieces, b: Pieces) -> Array:
-    """Inner product of two states, per lane."""
-    products = [jnp.sum(x * y, axis=tuple(range(x.ndim - 1))) for x, y in zip(a, b, strict=True)]
-    return functools.reduce(jnp.add, products)

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pykernels.kernels import elf, identity, ir, llvm, native
-from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels.body import Kernel
+from pykernels.kernels.buffers import Buffer
 from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.ir import Argument, Function, Program, Target
 from pykernels.kernels.llvm import as_native

@@ -13,6 +13,7 @@ PTX is kept on disk, named by what it is made from: a later process neither emit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pykernels.kernels import identity, ir, llvm
+from pykernels.kernels import identity, ir, llvm, rolled
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.ir import Argument, Program, Target, scalar_type, warps_of
@@ -32,9 +33,11 @@ from pykernels.kernels.launch import SCRATCH_POINTERS, Image, capability, launch
 from pykernels.kernels.llvm import as_native
 from pykernels.lanes import operation_count
 
-# Warps per block, forward and backward. A lane needs many registers, so blocks are small, and several of them share a
-# processor; backward the threads of a block wait for each other between segments, which those of different warps need not.
-WARPS = {False: 2, True: 1}
+# Warps per block, forward and backward, unless asked for. A processor has registers for 64 warps of 32 each, and room for 32
+# blocks: forward kernels take from 32 registers on, so two warps per block, and backward ones more than 64, so one, let as
+# many warps run as the registers allow. Backward the threads of a block wait for each other between segments, which those of
+# different warps need not.
+WARPS, MOST_WARPS = {False: 2, True: 1}, 32
 # Registers a thread may have, by bytes of a float, in kernels so small that they need no more: without the cap ptxas takes
 # 150 for tsit5's backward pass of three float64 states; with it 136, and nothing spills. Larger systems and fields, methods
 # of more stages, and kernels that save values or differentiate time take what they need.
@@ -65,6 +68,14 @@ def unavailable() -> str | None:
     return llvm.unavailable() or missing
 
 
+def lifted(kernel: Kernel) -> Kernel:
+    """A kernel with the lift that is taken here."""
+    kernel = as_native(kernel)
+    return dataclasses.replace(
+        kernel, solve=dataclasses.replace(kernel.solve, rolled=rolled.pays(kernel.solve))
+    )
+
+
 def obstacle(kernel: Kernel, lanes: int) -> str | None:
     """Why this runner does not run a kernel, or None."""
     reason = unavailable()
@@ -74,7 +85,7 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
     largest = max(math.prod(buffer.shape) for buffer in buffers)
     if largest * lanes >= 1 << 32 or lanes >= 1 << 31:
         return f"{lanes} lanes of {largest} elements are too many for 32 bits: solve fewer at a time"
-    kernel = as_native(kernel)
+    kernel = lifted(kernel)
     if _stored(kernel, capability()) is not None:
         return None
     found = program_of(kernel)
@@ -91,11 +102,11 @@ def program_of(kernel: Kernel) -> Program | str:
 
 
 def arguments_of(kernel: Kernel) -> list[Argument]:
-    """The kernel's buffers, in order; sums have one partial value per warp."""
+    """The kernel's buffers, in order. Sums have one partial value per warp; what fits there lies on the threads' stacks."""
     return [
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes, constant=True) for b in kernel.operands],
         *[Argument(b.shape, np.dtype(b.dtype), b.lanes, spread=not b.lanes) for b in kernel.results],
-        *[Argument(b.shape, np.dtype(b.dtype), b.lanes) for b in kernel.scratch],
+        *[Argument(b.shape, np.dtype(b.dtype), b.lanes, private=b.stack) for b in kernel.scratch],
     ]
 
 
@@ -104,11 +115,13 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     results = kernel.results
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
-    kernel = as_native(kernel)
+    kernel = lifted(kernel)
     types = [
         jax.ShapeDtypeStruct((*b.shape, lanes if b.lanes else warps_of(lanes)), b.dtype)
         for b in (*results, *kernel.scratch)
+        if not b.stack
     ]
+    operands = [*operands, *map(jnp.asarray, kernel.tables)]
     image = compiled(kernel, capability())
     outputs = launch(image, operands, types, -(-lanes // (32 * image.warps)), [lanes])
     return [
@@ -144,7 +157,14 @@ def _stored(kernel: Kernel, capability: int) -> Image | None:
 
 
 def _image(kernel: Kernel, ptx: str, capability: int) -> Image:
-    return Image(_entry_name(kernel), ptx, capability, WARPS[kernel.wrt is not None])
+    return Image(_entry_name(kernel), ptx, capability, warps(kernel))
+
+
+def warps(kernel: Kernel) -> int:
+    """Warps per block."""
+    if kernel.solve.block:
+        return min(-(-kernel.solve.block // 32), MOST_WARPS)
+    return WARPS[kernel.wrt is not None]
 
 
 def _entry_name(kernel: Kernel) -> str:
@@ -179,7 +199,8 @@ def compile_ptx(program: Program, kernel: Kernel, capability: int) -> str:
 
     path = libdevice()
     assert path is not None
-    name, arguments = _entry_name(kernel), arguments_of(kernel)
+    name = _entry_name(kernel)
+    arguments = [argument for argument in arguments_of(kernel) if not argument.private]
     _initialize()
     text = "\n".join([definitions(program), program.ir, entry(name, arguments, _registers(kernel))])
     module = binding.parse_assembly(text)

@@ -12,6 +12,7 @@ it alike. No fast-math flag is used: NaN, infinity and signed zeros behave.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,15 @@ class Target:
 class Argument:
     """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes. `constant`: never written. `spread`,
     where a lane is a thread: without lanes in the body, in memory sums over the threads of a warp, `warps_of(lanes)` of
-    them; its stride is the number of lanes."""
+    them; its stride is the number of lanes. `private`, likewise: a thread has its own on its stack, and the kernel's caller
+    knows nothing of it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     lanes: bool
     constant: bool = False
     spread: bool = False
+    private: bool = False
 
 
 WARP = 32
@@ -104,9 +107,9 @@ class Ref:
 
 
 class Cell:
-    """One LLVM value, or what becomes one where it is used."""
+    """One LLVM value, or what becomes one where it is used: `fresh` products each time, others the first time."""
 
-    __slots__ = ("known", "place", "product", "text", "truth", "wide")
+    __slots__ = ("fresh", "known", "place", "product", "text", "truth", "wide")
 
     def __init__(
         self,
@@ -116,8 +119,10 @@ class Cell:
         product: tuple[Cell, Cell] | None = None,
         place: tuple[Ref, int] | None = None,
         truth: Cell | None = None,
+        fresh: bool = False,
     ) -> None:
         self.text, self.wide, self.known, self.product, self.place = text, wide, known, product, place
+        self.fresh = fresh
         self.truth = truth  # the mask this integer was converted from
 
 
@@ -187,6 +192,12 @@ class Writer:
         formals = [
             f"ptr noalias{' readonly' if r.argument.constant else ''} %p{r.number}, {stride} %s{r.number}"
             for r in self.refs
+            if not r.argument.private
+        ]
+        private = [
+            f"  %p{r.number} = alloca [{max(math.prod(r.argument.shape), 1)} x {self._stored(r.argument.dtype)}], align 16"
+            for r in self.refs
+            if r.argument.private
         ]
         formals += ["i32 %lane"] if self.target.thread else []
         text = [
@@ -195,6 +206,7 @@ class Writer:
             # A function of its own, so that the buffers can be said not to overlap.
             f"define internal void @body({', '.join(formals)}) {self._inlining} {{",
             "entry:",
+            *private,
             *self._allocations,
             *self._lines,
             "  ret void",
@@ -253,6 +265,8 @@ class Writer:
         """A cell that is an LLVM value or a known number."""
         if cell.product is not None:
             done = self.binary("fmul", dtype, *cell.product)
+            if cell.fresh:
+                return done
             cell.product, cell.text, cell.wide = None, done.text, done.wide
         if cell.place is not None:
             ref, offset = cell.place
@@ -341,10 +355,11 @@ class Writer:
             condition = f"icmp {sign}{name}"
         return self.result(f"{condition} {self.typed(a, dtype, wide)}, {self.text(b, dtype, wide)}", wide)
 
-    def multiply(self, dtype: np.dtype, a: Cell, b: Cell) -> Cell:
-        """A float product that a later addition may take in; until then nothing is written."""
+    def multiply(self, dtype: np.dtype, a: Cell, b: Cell, *, fresh: bool = False) -> Cell:
+        """A float product that a later addition may take in; until then nothing is written. `fresh`: it may be used several
+        times, in different places, and is written each time."""
         a, b = self.value(a, dtype), self.value(b, dtype)
-        return Cell(wide=a.wide or b.wide, product=(a, b))
+        return Cell(wide=a.wide or b.wide, product=(a, b), fresh=fresh)
 
     def add(self, dtype: np.dtype, a: Cell, b: Cell, *, minus: bool = False) -> Cell:
         """a + b or a - b of floats, fused where one of them is a pending product."""
@@ -467,16 +482,9 @@ class Writer:
 
     def address(self, ref: Ref, index: Sequence[tuple[Cell, np.dtype, int]], static: int) -> str:
         """Where a lane's element number `static` + sum(index * step) begins."""
-        whole, kind = (np.dtype(np.int32), "i32") if self.target.thread else (INT64, "i64")
-        offset = str(static)
-        for cell, dtype, step in index:
-            if cell.known is not None:
-                offset = self._sum(kind, offset, str(int(cell.known) * step))
-                continue
-            place = self.convert(cell, dtype, whole).text
-            scaled = place if step == 1 else self.result(f"mul {kind} {place}, {step}", False).text
-            offset = self._sum(kind, offset, scaled)
-        has_lanes = ref.argument.lanes
+        kind = "i32" if self.target.thread else "i64"
+        offset = self._element(kind, index, static)
+        has_lanes = ref.argument.lanes and not ref.argument.private
         if has_lanes and offset != "0":
             offset = self.result(f"mul {kind} {offset}, %s{ref.number}", False).text
         if self.target.thread:
@@ -484,6 +492,18 @@ class Writer:
             offset = offset if offset.isdigit() else self.result(f"zext i32 {offset} to i64", False).text
         item = self._stored(ref.argument.dtype)
         return self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {offset}", False).text
+
+    def _element(self, kind: str, index: Sequence[tuple[Cell, np.dtype, int]], static: int) -> str:
+        """`static` + sum(index * step), the text of an integer."""
+        whole, offset = INT64 if kind == "i64" else np.dtype(np.int32), str(static)
+        for cell, dtype, step in index:
+            if cell.known is not None:
+                offset = self._sum(kind, offset, str(int(cell.known) * step))
+                continue
+            place = self.convert(cell, dtype, whole).text
+            scaled = place if step == 1 else self.result(f"mul {kind} {place}, {step}", False).text
+            offset = self._sum(kind, offset, scaled)
+        return offset
 
     def _warp(self, lanes: str) -> tuple[Cell, Cell, Cell]:
         """The thread's place in its warp, how many threads the warp has, and their mask. The last warp may lack threads
@@ -511,8 +531,15 @@ class Writer:
         text = self.text(cell, np.dtype(np.int32), False)
         return self.call("llvm.nvvm.redux.sync.max", "i32", [("i32", text), ("i32", mask.text)], False)
 
-    def store_totals(self, ref: Ref, offsets: Sequence[int], cells: Sequence[Cell]) -> None:
-        """Write sums over the threads of each warp, always in the same order, to a `spread` buffer."""
+    def store_totals(
+        self,
+        ref: Ref,
+        index: Sequence[tuple[Cell, np.dtype, int]],
+        offsets: Sequence[int],
+        cells: Sequence[Cell],
+    ) -> None:
+        """Write sums over the threads of each warp, always in the same order, to a `spread` buffer: to its elements number
+        sum(index * step) + offset."""
         lanes, dtype = f"%s{ref.number}", ref.argument.dtype
 
         def i32(expression: str) -> Cell:
@@ -535,7 +562,8 @@ class Writer:
 
         def write() -> list[Cell]:
             for offset, total in zip(offsets, totals, strict=True):
-                at = i32(f"add i32 {i32(f'mul i32 {count}, {offset}').text}, {warp.text}").text
+                element = self._element("i32", index, offset)
+                at = i32(f"add i32 {i32(f'mul i32 {count}, {element}').text}, {warp.text}").text
                 wide = i32(f"zext i32 {at} to i64").text
                 item = self._stored(dtype)
                 pointer = self.result(f"getelementptr {item}, ptr %p{ref.number}, i64 {wide}", False).text

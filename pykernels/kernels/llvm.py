@@ -203,7 +203,7 @@ class Emitter:
         for eqn in jaxpr.eqns:
             values, name = [read(a) for a in eqn.invars], eqn.primitive.name
             if self.write.target.thread and eqn.params.get("name") == TOGETHER:
-                (ref, *_) = (ref for ref in self.write.refs if ref.argument.lanes)
+                (ref, *_) = (r for r in self.write.refs if r.argument.lanes and not r.argument.private)
                 outs = [_array([self.write.warp_maximum(ref, values[0].reshape(-1)[0])], ())]
             elif self.write.target.thread and eqn.params.get("name") == IN_STEP:
                 self.write.wait()
@@ -329,9 +329,7 @@ def _swap(e: Emitter, eqn: JaxprEqn, ref: Ref, value: Array, *index: Any) -> Arr
     lanes, dtype, write = ref.argument.lanes, ref.argument.dtype, e.write
     unused = type(eqn.outvars[0]).__name__ == "DropVar"
     if ref.argument.spread:
-        if dynamic:
-            raise Unsupported("a sum over lanes that is written in turns")
-        write.store_totals(ref, offsets, list(np.broadcast_to(value, shape).reshape(-1)))
+        write.store_totals(ref, dynamic, offsets, list(np.broadcast_to(value, shape).reshape(-1)))
         return _array([Cell() for _ in offsets], shape)
     old = []
     for offset, cell in zip(offsets, np.broadcast_to(value, shape).reshape(-1), strict=True):
@@ -562,6 +560,13 @@ def _dot_general(e: Emitter, eqn: JaxprEqn, x: Array, y: Array) -> Array:
     a = x.transpose(*lb, *lf, *lc).reshape(batch, rows, depth)
     b = y.transpose(*rb, *rc, *rf).reshape(batch, depth, columns)
     shape = _inner(eqn.outvars[0])
+    if depth == 1 and is_float(dtype) and not (meet and write.target.width > 1):
+        # Outer products, such as the cotangent of a matrix: most are added to something, and need no memory of their own.
+        a, b = (_array([write.value(c, dtype) for c in m.reshape(-1)], m.shape) for m in (a, b))
+        places = np.ndindex(batch, rows, columns)
+        return _array(
+            [write.multiply(dtype, a[n, i, 0], b[n, 0, j], fresh=True) for n, i, j in places], shape
+        )
     if batch * rows * depth * columns > UNROLLED_PRODUCT and is_float(dtype):
         return _array(_long_product(write, dtype, a, b, meet), shape)
     out = []

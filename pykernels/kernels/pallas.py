@@ -35,15 +35,16 @@ import numpy as np
 from jax import lax
 
 from pykernels import lanes as lifts
-from pykernels.kernels import identity
-from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels import identity, rolled
+from pykernels.kernels.body import Kernel
+from pykernels.kernels.buffers import Buffer
 from pykernels.kernels.disk import DiskCache, default_folder
 from pykernels.kernels.launch import Image, capability, launch
 
-# Lanes per program. Components: a thread per lane and one warp, so that no lane waits for another warp's and nothing needs a
-# barrier. Tiles: several threads share a lane's arrays.
-BLOCK = 32
-WARPS = {"registers": 1, "tiles": 4}
+# Lanes per program unless asked for, and threads per lane. Components: a thread per lane and one warp, so that no lane waits
+# for another warp's and nothing needs a barrier. Tiles: several threads share a lane's arrays.
+BLOCK, MOST_LANES = 32, 1024
+THREADS = {"registers": 1, "tiles": 4}
 # Triton's passes are called one by one, which is no public interface: versions that this was tested with.
 TRITON_VERSIONS = ("3.9",)
 # Beyond this many equations in a body, compilation takes minutes.
@@ -95,7 +96,19 @@ def _field_lanes(kernel: Kernel) -> tuple[bool, ...]:
 
 def lifted(kernel: Kernel) -> Kernel:
     """A kernel with the lift that is taken here."""
-    return dataclasses.replace(kernel, solve=dataclasses.replace(kernel.solve, kind=kind_of(kernel)))
+    solve = dataclasses.replace(kernel.solve, kind=kind_of(kernel), rolled=rolled.pays(kernel.solve))
+    return dataclasses.replace(kernel, solve=solve)
+
+
+def block_size(kernel: Kernel) -> int:
+    """Lanes per program: a power of two, a warp or more."""
+    wanted = min(kernel.solve.block or BLOCK, MOST_LANES // THREADS[kind_of(kernel)])
+    return max(1 << (wanted - 1).bit_length(), BLOCK)
+
+
+def warps(kernel: Kernel) -> int:
+    """Warps per program."""
+    return block_size(kernel) * THREADS[kind_of(kernel)] // 32
 
 
 def preferred(kernel: Kernel) -> str | None:
@@ -119,7 +132,7 @@ def obstacle(kernel: Kernel, lanes: int) -> str | None:
         if reason is not None:
             return reason
     largest = max(math.prod(b.shape) for b in (*kernel.operands, *kernel.results, *kernel.scratch))
-    if largest * (lanes + BLOCK) >= 1 << 31:
+    if largest * (lanes + MOST_LANES) >= 1 << 31:
         return f"{lanes} lanes of {largest} elements are too many for 32 bits: solve fewer at a time"
     if _stored(kernel, capability()) is not None:
         return None
@@ -164,12 +177,13 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
     kernel = lifted(kernel)
-    blocks = -(-lanes // BLOCK)
+    blocks = -(-lanes // block_size(kernel))
     types = [
         jax.ShapeDtypeStruct((math.prod(b.shape) * (lanes if b.lanes else blocks),), b.dtype)
         for b in (*kernel.results, *kernel.scratch)
     ]
     flat = [jnp.full((1,), lanes, jnp.int32), *[operand.reshape(-1) for operand in operands]]
+    flat += [jnp.asarray(table) for table in kernel.tables]
     if without_triton() is None:
         outputs = launch(compiled(kernel, capability()), flat, types, blocks, [])
     else:
@@ -210,7 +224,7 @@ class _Ref:
         fenced: bool = False,
     ) -> None:
         self.flat, self.buffer, self.lanes, self.start, self.fenced = flat, buffer, lanes, start, fenced
-        self.shape = (*buffer.shape, BLOCK) if lanes is not None else buffer.shape
+        self.shape = (*buffer.shape, *lanes.inside.shape) if lanes is not None else buffer.shape
         self.dtype = np.dtype(buffer.dtype)
 
     def __getitem__(self, index: Any) -> Any:
@@ -254,7 +268,7 @@ class _Ref:
             element = (
                 element + (np.int32(i) if isinstance(i, (int, np.integer)) else i.astype(jnp.int32)) * stride
             )
-        tile = (*rest, BLOCK) if self.lanes is not None else rest
+        tile = (*rest, *self.lanes.inside.shape) if self.lanes is not None else rest
         for axis, stride in enumerate(_strides(rest)):
             element = element + lax.broadcasted_iota(jnp.int32, tile, axis) * stride
         if self.lanes is None:
@@ -279,12 +293,12 @@ def _pallas_call(kernel: Kernel, types: Sequence[jax.ShapeDtypeStruct], blocks: 
     from jax.experimental.pallas import triton as plgpu
 
     operands, written = kernel.operands, [*kernel.results, *kernel.scratch]
-    fenced = WARPS[kernel.solve.kind] > 1
+    size, fenced = block_size(kernel), warps(kernel) > 1
 
     def entry(count_ref: Any, *refs: Any) -> None:
         program = pl.program_id(0).astype(jnp.int32)
         count = count_ref[0]
-        numbers = program * np.int32(BLOCK) + lax.iota(jnp.int32, BLOCK)
+        numbers = program * np.int32(size) + lax.iota(jnp.int32, size)
         lanes = _Lanes(count, numbers, numbers < count)
         views = [_Ref(r, b, lanes if b.lanes else None) for r, b in zip(refs, operands, strict=False)]
         for ref, b in zip(refs[len(operands) :], written, strict=True):
@@ -293,7 +307,7 @@ def _pallas_call(kernel: Kernel, types: Sequence[jax.ShapeDtypeStruct], blocks: 
         kernel.body(*views)
 
     entry.__name__ = name_of(kernel)
-    parameters = plgpu.CompilerParams(num_warps=WARPS[kernel.solve.kind], num_stages=1)
+    parameters = plgpu.CompilerParams(num_warps=warps(kernel), num_stages=1)
     return pl.pallas_call(entry, out_shape=list(types), grid=(blocks,), compiler_params=parameters)
 
 
@@ -352,17 +366,16 @@ cache = DiskCache(default_folder())
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: Kernel, capability: int) -> Image:
     """PTX of a lifted kernel without an `obstacle`, by the short pipeline, from the disk cache if it is there."""
-    warps = WARPS[kernel.solve.kind]
     stored = _stored(kernel, capability)
     if stored is None:
-        ptx, shared = short_pipeline(triton_ir(kernel, capability), capability, warps)
+        ptx, shared = short_pipeline(triton_ir(kernel, capability), capability, warps(kernel))
         name = _disk_name(kernel, capability)
         if name is not None:
             cache.write(name, f"{shared}\n{ptx}".encode())
     else:
         size, _, ptx = stored.decode().partition("\n")
         shared = int(size)
-    return Image(name_of(kernel), ptx, capability, warps, shared)
+    return Image(name_of(kernel), ptx, capability, warps(kernel), shared)
 
 
 def _stored(kernel: Kernel, capability: int) -> bytes | None:

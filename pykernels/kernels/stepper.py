@@ -6,6 +6,7 @@ Every array's last axis is the lane axis; lanes never meet.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +54,7 @@ class Solve:
     lane: tuple[bool, ...]
     block: int
     runner: str | None = None
+    rolled: bool = False  # stages in a loop, see `rolled.py`: a runner's choice
 
     @property
     def first_y(self) -> int:
@@ -71,6 +73,11 @@ class Solve:
     @property
     def adaptive(self) -> bool:
         return isinstance(self.step, Adaptive)
+
+    @property
+    def spreads_shared(self) -> bool:
+        """Whether the lift gives a shared operand that is differentiated a value, and a cotangent, per lane."""
+        return self.kind not in ("arrays", "tiles")
 
     def with_lanes(self, lane: Sequence[bool]) -> Solve:
         return dataclasses.replace(self, lane=tuple(lane))
@@ -99,7 +106,7 @@ class Taken(NamedTuple):
     end: Float[Array, " lanes"]
     accepted: Bool[Array, " lanes"]
     y: Pieces
-    stages: list[Pieces]
+    stages: Sequence[Pieces]
     clipped: Bool[Array, " lanes"]  # h was t1 - t
     slope: Float[Array, " lanes"]  # d(next h) / d(this h)
 
@@ -136,8 +143,10 @@ def in_step(count: Int32[Array, ""]) -> Int32[Array, ""]:
 
 
 def is_finite(pieces: Pieces) -> Bool[Array, " lanes"]:
-    """Per lane, whether all elements are finite: the sum of x - x, which is 0 or NaN, costs no branches."""
-    return jnp.equal(sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces), 0)
+    """Per lane, whether all elements are finite, without branches: the sum of x - x is. It is 0 or NaN, or, where a compiler
+    has fused the product a b that x stands for, the finite rounding error a b - x, and infinite where a b overflows."""
+    total = jnp.asarray(sum(jnp.sum(p - p, axis=tuple(range(p.ndim - 1))) for p in pieces))
+    return jnp.abs(total) < jnp.inf
 
 
 class Method:
@@ -147,7 +156,7 @@ class Method:
         self.tableau = solve.method
         count = 1 + len(solve.field.y_shapes)
         lane = (*(True,) * count, *solve.lane[solve.first_operand :])
-        if spread is not None and solve.kind not in ("arrays", "tiles"):
+        if spread is not None and solve.spreads_shared:
             lane = tuple(
                 a or b for a, b in zip(lane, (*(True,) * count, *spread[solve.first_operand :]), strict=True)
             )
@@ -174,7 +183,7 @@ class Method:
         *,
         last: bool = True,
         dense: bool = False,
-    ) -> tuple[list[Pieces], Pieces]:
+    ) -> tuple[Sequence[Pieces], Pieces]:
         """Stages and new state of a step. `last` False leaves out the stage only an error or the next step needs."""
         tableau = self.tableau
         stages = [k0]
@@ -189,18 +198,90 @@ class Method:
 
     def extend(
         self,
-        stages: list[Pieces],
+        stages: Sequence[Pieces],
         t: Array,
         h: Array,
         y: Pieces,
         operands: list[Pieces],
         mask: Array | None = None,
-    ) -> list[Pieces]:
+    ) -> Sequence[Pieces]:
         """Append the stages that only the interpolant needs."""
         stages = list(stages)
         for row, c in zip(self.tableau.dense_a, self.tableau.dense_c, strict=True):
             stages.append(self.field(t + c * h, plus(y, h, weighted_sum(row, stages)), operands, mask))
         return stages
+
+    def linearize(
+        self,
+        t: Array,
+        h: Array,
+        y: Pieces,
+        operands: list[Pieces],
+        wanted: Sequence[bool],
+        mask: Array | None,
+        *,
+        dense: bool,
+        times: bool,
+    ) -> Pulled:
+        """Take a step, to be pulled back: by the state, by the operands `wanted` and, with `times`, by its start and size.
+        `dense`: there will be cotangents of the stages too."""
+
+        def step(y: Pieces, some: list[Pieces], t: Array, h: Array) -> tuple[Pieces, Sequence[Pieces]]:
+            rest = iter(some)
+            mine = [next(rest) if w else o for o, w in zip(operands, wanted, strict=True)]
+            k0 = self.field(t, y, mine, mask)
+            stages, y1 = self.step(t, h, y, k0, mine, mask, last=False, dense=dense)
+            return y1, stages if dense else []
+
+        some = [o for o, w in zip(operands, wanted, strict=True) if w]
+        if times:
+            (_, stages), pull = jax.vjp(step, y, some, t, h)
+        else:
+            (_, stages), pull = jax.vjp(lambda y, some: step(y, some, t, h), y, some)
+        return _Unrolled(stages, h, pull)
+
+
+class Pulled:
+    """A step that was taken, to be pulled back. Cotangents of the stages are begun, added to, and at last pulled back."""
+
+    stages: Sequence[Pieces]
+
+    def begin(self) -> Any:
+        """No cotangents of the stages: what a loop that adds some carries."""
+        raise NotImplementedError
+
+    def add(self, cotangents: Any, weights: Sequence[Optional], ct: Pieces) -> Any:
+        """Add weight * ct to the cotangent of every stage that has a weight."""
+        raise NotImplementedError
+
+    def pull(
+        self, cotangents: Any, y1_ct: Pieces, accepted: Array
+    ) -> tuple[Pieces, list[Pieces], Optional, Optional]:
+        """Cotangents, from those of the stages and of the new state, of the old state, of the operands wanted (none if they
+        are added up elsewhere), and of the step's start and size. Where the step was not accepted they mean nothing."""
+        raise NotImplementedError
+
+
+class _Unrolled(Pulled):
+    def __init__(self, stages: Sequence[Pieces], h: Array, pull: Any) -> None:
+        self.stages, self.h, self._pull = stages, h, pull
+
+    def begin(self) -> list[Pieces]:
+        return [[jnp.zeros_like(p) for p in stage] for stage in self.stages]
+
+    def add(self, cotangents: list[Pieces], weights: Sequence[Optional], ct: Pieces) -> list[Pieces]:
+        return [
+            stage if w is None else [a + w * b for a, b in zip(stage, ct, strict=True)]
+            for stage, w in zip(cotangents, weights, strict=True)
+        ]
+
+    def pull(
+        self, cotangents: list[Pieces], y1_ct: Pieces, accepted: Array
+    ) -> tuple[Pieces, list[Pieces], Optional, Optional]:
+        del accepted
+        y_ct, operands_ct, *times = self._pull((y1_ct, cotangents))
+        t_ct, h_ct = times or (None, None)
+        return y_ct, operands_ct, t_ct, h_ct
 
 
 class Stepper:
@@ -386,3 +467,9 @@ def plus(y: Pieces, h: Array, slope: Pieces) -> Pieces:
 def select(mask: Array, new: Pieces, old: Pieces) -> Pieces:
     """The new pieces in the lanes of the mask, the old ones elsewhere."""
     return [jnp.where(mask, a, b) for a, b in zip(new, old, strict=True)]
+
+
+def inner(a: Pieces, b: Pieces) -> Array:
+    """Inner product of two states, per lane."""
+    products = [jnp.sum(x * y, axis=tuple(range(x.ndim - 1))) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, products)

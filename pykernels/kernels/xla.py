@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pykernels.field import Field
-from pykernels.kernels.body import Buffer, Kernel
+from pykernels.kernels.body import Kernel
+from pykernels.kernels.buffers import Buffer
 from pykernels.kernels.stepper import Solve
 
 # Measured with `bench/lifts.py`. XLA:CPU compiles a loop to one function without dispatch per operation while its state is
@@ -64,6 +65,7 @@ def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.A
     in the order of the blocks.
     """
     results, body = kernel.results, kernel.body
+    operands = [*operands, *map(jnp.asarray, kernel.tables)]
     if lanes == 0:
         return [jnp.zeros((*b.shape, 0) if b.lanes else b.shape, b.dtype) for b in results]
     has_lanes = [buffer.lanes for buffer in kernel.operands]
