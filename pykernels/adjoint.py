@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pykernels import primitives
+from pykernels import array_plan, primitives
 from pykernels.interpolation import dense_weights, weighted_sum
 from pykernels.kernels import body, xla
 from pykernels.kernels.body import Kernel
@@ -78,8 +78,10 @@ class Milestones:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"Milestones({name}=) must be a positive int, not {value!r}")
 
-    def record(self, solve: Solve) -> Record:
-        """The storage this adjoint gives a solve."""
+    def record(self, solve: Solve, lanes: int = 1) -> Record:
+        """The storage this adjoint gives a solve of so many trajectories."""
+        if solve.kind == "vmap" and self.count is None and self.scratch is None:
+            return array_plan.default_record(solve, max(lanes, 1))
         return record_for(solve.max_steps, self.count, self.scratch)
 
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -90,10 +92,13 @@ class Milestones:
             i in y or (isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating))
             for i, x in enumerate(inputs)
         )
-        return _with_milestones(solve, self.record(solve), wrt, *inputs)
+        record = self.record(solve, inputs[solve.first_y].shape[-1])
+        return _with_milestones(solve, record, wrt, *inputs)
 
     def memory(self, solve: Solve) -> int:
         record = self.record(solve)
+        if solve.kind == "vmap":
+            return array_plan.memory(solve, record)
         kept = body.forward_buffers(solve, record)[len(solve.field.y_shapes) + 1 :]
         _, scratch = body.backward_buffers(solve, record, [True] * len(solve.lane))
         return sum(math.prod(b.shape) * np.dtype(b.dtype).itemsize for b in (*kept, *scratch))

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from pykernels import reference
-from pykernels.kernels import body, cpu, cuda, pallas, xla
+from pykernels import array_plan, reference
+from pykernels.kernels import body, columns, cpu, cuda, pallas, xla
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.launch import Image
 from pykernels.kernels.passes import (
@@ -265,6 +265,24 @@ Run = Callable[[Kernel, Sequence[jax.Array], int], list[jax.Array]]
 
 
 def _run_portable(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    if kernel.solve.kind == "vmap":
+        return array_plan.run(kernel, operands, lanes, _passes(kernel.solve.runner))
+    return _run_loops(kernel, operands, lanes)
+
+
+def _passes(runner: str | None) -> array_plan.Passes:
+    """The step kernels, all by one runner."""
+    return array_plan.Passes(
+        stage=functools.partial(rk_stage, runner=runner),
+        finish=functools.partial(rk_finish, runner=runner),
+        accept=functools.partial(rk_accept, runner=runner),
+        save=functools.partial(milestone_save, runner=runner),
+        restore=functools.partial(milestone_restore, runner=runner),
+    )
+
+
+def _run_loops(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    """The kernel's body as XLA's loops."""
     if kernel.solve.runner not in (None, "xla"):
         raise ValueError(f"Config(runner={kernel.solve.runner!r}) is not possible on this platform")
     # A recorded solve is lifted as its replay will be: XLA then rounds both alike, which float32 needs (see body.py).
@@ -314,7 +332,7 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
     if asked == "xla":
         return "xla", "asked for by config"
     if kernel.solve.kind == "vmap":
-        return "xla", "the array plan is XLA's"
+        return "xla", "the array plan's loops are XLA's"
     runners = _RUNNERS[platform]
     if asked is not None:
         obstacle = runners[asked].obstacle(kernel, lanes) if asked in runners else f"not on {platform}"
@@ -409,7 +427,14 @@ def _inside(inputs: Sequence[jax.Array], solve: Solve) -> jax.Array:
 
 
 def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[Any]:
-    return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)), inputs[0])
+    lanes = _lanes(inputs, solve)
+    if solve.kind == "vmap":
+        structs = _structs(body.forward_buffers(solve, None), lanes) + array_plan.record_shapes(
+            solve, record, lanes
+        )
+    else:
+        structs = _structs(body.forward_buffers(solve, record), lanes)
+    return _abstract(structs, inputs[0])
 
 
 def _pull_back(
@@ -473,7 +498,7 @@ def _solve_tangents(
         mine = iter(some)
         results = _solve(
             *[next(mine) if a else x for x, a in zip(inputs, active, strict=True)],
-            solve=portable, record=None, run=_run_portable,
+            solve=portable, record=None, run=_run_loops,
         )  # fmt: skip
         count = len(solve.field.y_shapes)
         return results[:count], results[count:]
@@ -531,19 +556,34 @@ def _batched_lanes(
         for h, d, a in zip(had, dims, [*always, *[True] * (len(operands) - n)], strict=True)
     ]
     merged = [
-        _merge_lanes(x, d, h, size, lanes) if b else x
-        for x, d, h, b in zip(operands, dims, had, becomes, strict=True)
+        _merge_rows(x, d, Kind.SLOTS, size, lanes)
+        if _is_buffer(solve, i - n - 2)
+        else _merge_lanes(x, d, h, size, lanes)
+        if b
+        else x
+        for i, (x, d, h, b) in enumerate(zip(operands, dims, had, becomes, strict=True))
     ]
     return solve.with_lanes(becomes[:n]), merged, size, lanes
+
+
+def _is_buffer(solve: Solve, recorded: int) -> bool:
+    """Whether this one of what a solve has recorded is a buffer of milestones with lanes in the middle."""
+    first = 1 + solve.adaptive
+    return solve.kind == "vmap" and first <= recorded < first + len(solve.field.y_shapes)
 
 
 def _solve_batch(
     operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record | None
 ) -> Any:
-    solve, merged, size, _ = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
+    solve, merged, size, lanes = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
     results = solve_p.bind(*merged, solve=solve, record=record)
-    split = [_split_lanes(r, size) for r in results]
-    return split, [r.ndim - 2 for r in split]
+    values = len(solve.field.y_shapes) + 1
+    buffers = [_is_buffer(solve, i - values) for i in range(len(results))]
+    split = [
+        _split_rows(r, Kind.SLOTS, size, lanes) if buffer else _split_lanes(r, size)
+        for r, buffer in zip(results, buffers, strict=True)
+    ]
+    return split, [1 if buffer else r.ndim - 2 for r, buffer in zip(split, buffers, strict=True)]
 
 
 def _pull_back_batch(
@@ -786,7 +826,9 @@ class _PassRunner(NamedTuple):
     run: Callable[[Pass, Sequence[jax.Array]], list[jax.Array]]
 
 
-_PASS_RUNNERS: dict[str, _PassRunner] = {}
+_PASS_RUNNERS: dict[str, _PassRunner] = {
+    "cpu": _PassRunner("native", columns.obstacle, columns.worthwhile, columns.run),
+}
 
 
 def pass_runner_of(platform: str, pass_: Pass, rows: int, columns: int) -> tuple[str, str]:

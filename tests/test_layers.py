@@ -41,6 +41,7 @@ RANKS = {
     "kernels.triton": 6,
     "kernels.xla": 5,
     "reference": 5,
+    "array_plan": 6,
     "primitives": 7,
     "adjoint": 8,
     "order": 8,
