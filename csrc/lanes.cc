@@ -1,4 +1,5 @@
-// The XLA custom call "pykernels_lanes", and what Python calls through ctypes (pykernels/kernels/native.py).
+// The XLA custom calls "pykernels_lanes" and "pykernels_passes", and what Python calls through ctypes
+// (pykernels/kernels/native.py).
 
 #include <atomic>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #endif
 
 #include "blocks.h"
+#include "passes.h"
 #include "xla/ffi/api/ffi.h"
 
 #ifdef _WIN32
@@ -31,7 +33,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kAbi =
-    1;  // changes with the custom call's attributes and with the exports; native.py knows it too
+    2;  // changes with the custom call's attributes and with the exports; native.py knows it too
 constexpr int64_t kErrorCapacity = 4096;
 
 using Compiler = void* (*)(const char* key, int64_t key_size, const char* ir, int64_t ir_size, char* error,
@@ -137,10 +139,49 @@ void run_lanes(ffi::ThreadPool& pool, std::string_view key, std::string_view ir,
       [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); }, poison.load());
 }
 
-ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir, int64_t width, int64_t lanes,
-                ffi::Span<const int64_t> layout, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+// Holds a strip of the layout against the buffer that XLA brings for it; throws when they differ.
+void check(const pk::PassPlan& plan, size_t index, ffi::AnyBuffer buffer, bool argument) {
+  const pk::Strip& strip = plan.strips[index];
+  const auto count = static_cast<int64_t>(buffer.element_count());
+  const auto item = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  if (argument != (strip.part < pk::Part::kResult) || count != plan.elements(strip) || item != strip.item) {
+    throw std::invalid_argument("pykernels: buffer " + std::to_string(index) + ": " + std::to_string(count) +
+                                " items of " + std::to_string(item) + " bytes are not what the layout has");
+  }
+}
+
+void run_one_pass(ffi::ThreadPool& pool, std::string_view key, std::string_view ir,
+                  std::string_view streaming_key, std::string_view streaming_ir, const pk::PassPlan& plan,
+                  const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results) {
+  if (plan.strips.size() != arguments.size() + results.size()) {
+    throw std::invalid_argument("pykernels: the layout has " + std::to_string(plan.strips.size()) +
+                                " buffers, XLA " + std::to_string(arguments.size() + results.size()));
+  }
+  std::vector<void*> buffers;
+  const auto take = [&](ffi::AnyBuffer buffer, bool argument) {
+    check(plan, buffers.size(), buffer, argument);
+    buffers.push_back(buffer.untyped_data());
+  };
+  for (size_t i = 0; i < arguments.size(); ++i) take(arguments.get<ffi::AnyBuffer>(i).value(), true);
+  for (size_t i = 0; i < results.size(); ++i) take(*results.get<ffi::AnyBuffer>(i).value(), false);
+
+  const bool streaming = !streaming_key.empty() && plan.aligned(buffers.data());
+  std::shared_ptr<const pk::Code> code;  // held until the call ends
+  if (plan.tasks > 0) {
+    code =
+        streaming ? registry().get(streaming_key, streaming_ir, compile) : registry().get(key, ir, compile);
+  }
+  pk::run_pass(
+      plan, reinterpret_cast<pk::Kernel>(code == nullptr ? nullptr : code->address), buffers.data(),
+      pool.num_threads(), [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); },
+      poison.load());
+}
+
+// What XLA is told of what `run` throws.
+template <typename Run>
+ffi::Error reported(std::string_view key, const Run& run) {
   try {
-    run_lanes(pool, key, ir, width, lanes, layout, arguments, results);
+    run();
     return ffi::Error::Success();
   } catch (const std::invalid_argument& error) {
     return ffi::Error::InvalidArgument(error.what());
@@ -154,6 +195,21 @@ ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir,
   }
 }
 
+ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir, int64_t width, int64_t lanes,
+                ffi::Span<const int64_t> layout, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  return reported(key, [&] { run_lanes(pool, key, ir, width, lanes, layout, arguments, results); });
+}
+
+ffi::Error call_pass(ffi::ThreadPool pool, std::string_view key, std::string_view ir,
+                     std::string_view streaming_key, std::string_view streaming_ir, int64_t rows,
+                     int64_t columns, int64_t width, int64_t piece, ffi::Span<const int64_t> layout,
+                     ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  return reported(key, [&] {
+    const pk::PassPlan plan(layout.begin(), layout.size(), rows, columns, width, piece);
+    run_one_pass(pool, key, ir, streaming_key, streaming_ir, plan, arguments, results);
+  });
+}
+
 }  // namespace
 
 PK_EXPORT XLA_FFI_Error* PkLanes(XLA_FFI_CallFrame* frame);
@@ -165,6 +221,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PkLanes, call,
                                   .Attr<std::string_view>("ir")
                                   .Attr<int64_t>("width")
                                   .Attr<int64_t>("lanes")
+                                  .Attr<ffi::Span<const int64_t>>("layout")
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+PK_EXPORT XLA_FFI_Error* PkPasses(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PkPasses, call_pass,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("key")
+                                  .Attr<std::string_view>("ir")
+                                  .Attr<std::string_view>("streaming_key")
+                                  .Attr<std::string_view>("streaming_ir")
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("columns")
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("piece")
                                   .Attr<ffi::Span<const int64_t>>("layout")
                                   .RemainingArgs()
                                   .RemainingRets());
