@@ -22,7 +22,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from pykernels import array_plan, reference
-from pykernels.kernels import body, columns, cpu, cuda, pallas, xla
+from pykernels.kernels import body, columns, cpu, cuda, pallas, triton, xla
 from pykernels.kernels.body import Buffer, Kernel
 from pykernels.kernels.launch import Image
 from pykernels.kernels.passes import (
@@ -95,19 +95,22 @@ def rk_combine(
     plain: Sequence[Sequence[float]],
     scaled: Sequence[Sequence[float]],
     *,
+    in_place: bool = False,
     runner: str | None = None,
 ) -> list[jax.Array]:
     """`out[i] = sum_j (plain[i][j] + h scaled[i][j]) operands[j]` in one pass over memory; the matrices are static.
 
     Operands and results (rows, columns), h (rows,) or a scalar. What has only zeros in its column is not read. Linear in the
-    operands, whose cotangents are one such pass with the matrices transposed, and linear in h.
+    operands, whose cotangents are one such pass with the matrices transposed, and linear in h. `in_place`: the first result
+    takes the memory of the first operand, if nothing else needs that.
     """
     used = [j for j in range(len(operands)) if any(row[j] for row in (*plain, *scaled))] or [0]
+    in_place = in_place and used[0] == 0
     kept = [operands[j] for j in used]
     plain, scaled = (
         tuple(tuple(float(row[j]) for j in used) for row in matrix) for matrix in (plain, scaled)
     )
-    pass_ = Combine(np.dtype(kept[0].dtype), plain, scaled, runner=runner)
+    pass_ = Combine(np.dtype(kept[0].dtype), plain, scaled, in_place, runner=runner)
     return _bind(rk_combine_p, pass_, [*kept, h])
 
 
@@ -118,13 +121,14 @@ def rk_stage(
     weights: Sequence[float],
     error_weights: Sequence[float] | None = None,
     *,
+    in_place: bool = False,
     runner: str | None = None,
 ) -> Any:
     """`y + h sum_j weights[j] slopes[j]` in one pass over memory, without y where it is None.
 
     y and slopes (rows, columns), h (rows,) or a scalar; the weights are Python floats, a slope with weight zero is not read.
     With `error_weights`, also `h sum_j error_weights[j] slopes[j]` from the same
-    pass, for `rk_finish(error=)`.
+    pass, for `rk_finish(error=)`. `in_place`: the result takes the memory of y, if nothing else needs that.
     """
     n = len(slopes)
     if len(weights) != n or (error_weights is not None and len(error_weights) != n):
@@ -134,7 +138,8 @@ def rk_stage(
     operands, first = ([], 0) if y is None else ([y], 1)
     scaled = [[0.0] * first + list(w) for w in (weights, error_weights) if w is not None]
     plain = [[1.0] * first + [0.0] * n, [0.0] * (first + n)][: len(scaled)]
-    outs = rk_combine([*operands, *slopes], h, plain, scaled, runner=runner)
+    in_place = in_place and y is not None
+    outs = rk_combine([*operands, *slopes], h, plain, scaled, in_place=in_place, runner=runner)
     return outs[0] if error_weights is None else tuple(outs)
 
 
@@ -212,6 +217,13 @@ def milestone_restore(buffer: jax.Array, slot: jax.Array, *, runner: str | None 
     """What is in the buffer's slot, (rows, columns); a row whose slot there is not is zero."""
     pass_ = Restore(np.dtype(buffer.dtype), buffer.shape[0], runner=runner)
     return _bind(milestone_restore_p, pass_, [buffer, slot])[0]
+
+
+def uninitialized(shape: Sequence[int], dtype: Any, *, number: int = 0) -> jax.Array:
+    """A buffer of undefined contents, for what is written before it is read. Where a platform can, it costs nothing: no pass
+    over its memory, no page before its first use. Buffers of one shape in one function want different numbers: XLA may take
+    equal ones for the same value, and copies."""
+    return uninitialized_p.bind(shape=tuple(shape), dtype=np.dtype(dtype), number=number)
 
 
 def _lanes(inputs: Sequence[Any], solve: Solve) -> int:
@@ -828,6 +840,7 @@ class _PassRunner(NamedTuple):
 
 _PASS_RUNNERS: dict[str, _PassRunner] = {
     "cpu": _PassRunner("native", columns.obstacle, columns.worthwhile, columns.run),
+    "cuda": _PassRunner("triton", triton.obstacle, triton.worthwhile, triton.run),
 }
 
 
@@ -1066,3 +1079,24 @@ def _restore_transpose(cotangents: Sequence[Any], buffer: Any, slot: Any, *, pas
 
 ad.primitive_jvps[milestone_restore_p] = _restore_jvp
 ad.primitive_transposes[milestone_restore_p] = _restore_transpose
+
+
+def _uninitialized(*, shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.Array:
+    return jax.lax.empty(shape, dtype)
+
+
+def _uninitialized_on_cpu(*, shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.Array:
+    if cpu.unavailable() is not None:
+        return _uninitialized(shape=shape, dtype=dtype, number=number)
+    return columns.uninitialized(shape, dtype, number)
+
+
+uninitialized_p = jex.Primitive("pykernels_uninitialized")
+uninitialized_p.def_impl(
+    jax.jit(lambda **statics: uninitialized_p.bind(**statics), static_argnames=("shape", "dtype", "number"))
+)
+uninitialized_p.def_abstract_eval(lambda *, shape, dtype, number: jax.core.ShapedArray(shape, dtype))
+mlir.register_lowering(uninitialized_p, mlir.lower_fun(_uninitialized, multiple_results=False))
+mlir.register_lowering(
+    uninitialized_p, mlir.lower_fun(_uninitialized_on_cpu, multiple_results=False), platform="cpu"
+)

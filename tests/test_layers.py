@@ -38,6 +38,7 @@ RANKS = {
     "kernels.cpu": 5,
     "kernels.cuda": 5,
     "kernels.pallas": 5,
+    "kernels.triton_kernels": 0,
     "kernels.triton": 6,
     "kernels.xla": 5,
     "reference": 5,

@@ -21,7 +21,7 @@ from pykernels.kernels.native import Part, Strip
 from pykernels.kernels.passes import Buffer, Kind, Pass, shape_of, structs_of
 
 # Vector registers that a body takes at a time: longer bursts from each of the arrays it reads, and less of the loop itself.
-REGISTERS = 4
+REGISTERS = 2
 # Columns of a piece: a task for a thread.
 PIECE_BYTES = 64 * 1024
 # Bytes of a pass's operands and results above which its kernel is worth a call of its own, and above which results are
@@ -93,6 +93,13 @@ def run(pass_: Pass, operands: Sequence[jax.Array]) -> list[jax.Array]:
     )
 
 
+def uninitialized(shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.Array:
+    """Memory as XLA gives it."""
+    cpu.register()
+    call = jax.ffi.ffi_call(native.BUFFER_TARGET, jax.ShapeDtypeStruct(shape, dtype))
+    return call(number=np.int64(number))
+
+
 def layout_of(pass_: Pass) -> list[Strip]:
     """The custom call's view of a pass's buffers."""
 
@@ -132,13 +139,8 @@ def source_of(pass_: Pass, streaming: bool) -> Source | str:
     def argument(buffer: Buffer, result: bool) -> Argument:
         has_columns = buffer.kind in (Kind.STATE, Kind.SLOTS)
         shape = (_VECTORS,) if has_columns else ()
-        return Argument(
-            shape,
-            buffer.dtype,
-            has_columns,
-            constant=not result,
-            streaming=streaming and result and has_columns,
-        )
+        past = streaming and result and has_columns and not pass_.rewrites
+        return Argument(shape, buffer.dtype, has_columns, constant=not result, streaming=past)
 
     read = [b for i, b in enumerate(pass_.operands) if i not in pass_.in_place]
     arguments = [

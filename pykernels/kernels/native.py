@@ -21,7 +21,8 @@ import jax
 
 TARGET = "pykernels_lanes"
 PASS_TARGET = "pykernels_passes"
-ABI = 2  # what this module expects of `pk_abi` in csrc/lanes.cc
+BUFFER_TARGET = "pykernels_buffer"
+ABI = 3  # what this module expects of `pk_abi` in csrc/lanes.cc
 
 # Compiles the IR of a kernel, called with its key: returns the address of its function, valid until `retired` names the key;
 # or raises, which becomes an XLA error. Called from XLA's threads, for several keys at once.
@@ -71,7 +72,9 @@ class Strip(NamedTuple):
     part: Part
     item: int  # bytes
     slots: int = 0  # of a buffer with slots
-    extra: int = 0  # the operand that holds the slots; a sum's dtype code; whether a RESULT is in an operand's place
+    extra: int = (
+        0  # the operand that holds the slots; a sum's dtype code; whether a RESULT is in an operand's place
+    )
 
 
 _COMPILE = ctypes.CFUNCTYPE(
@@ -116,7 +119,11 @@ class Library:
         ]
         library.pk_run.restype = ctypes.c_char_p
         self._library = library
-        self._handlers = {TARGET: library.PkLanes, PASS_TARGET: library.PkPasses}
+        self._handlers = {
+            TARGET: library.PkLanes,
+            PASS_TARGET: library.PkPasses,
+            BUFFER_TARGET: library.PkBuffer,
+        }
         self._registered = False
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
@@ -134,7 +141,7 @@ class Library:
         return self._library.pk_xla_major(), self._library.pk_xla_minor()
 
     def register(self) -> None:
-        """Make the custom calls `TARGET` and `PASS_TARGET` known to XLA, once."""
+        """Make the custom calls known to XLA, once."""
         with self._lock:
             if not self._registered:
                 for name, handler in self._handlers.items():

@@ -72,8 +72,13 @@ class Pass:
 
     @property
     def in_place(self) -> dict[int, int]:
-        """Operands whose memory is a result's: operand number to result number. A body has no Ref for them."""
+        """Operands whose memory is a result's: operand number to result number. A body has one Ref for both."""
         return {}
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a result is read before it is written: it is in the caches then."""
+        return False
 
     def body(self, count: Any, *refs: Any) -> None:
         """The kernel."""
@@ -111,10 +116,12 @@ def _stepped(base: Array | None, h: Array, slope: Array | None, like: Array) -> 
 
 @dataclass(frozen=True)
 class Combine(Pass):
-    """`out[i] = sum_j (plain[i][j] + h scaled[i][j]) x[j]`. Operands: the x, then h. Linear in the x, and in h."""
+    """`out[i] = sum_j (plain[i][j] + h scaled[i][j]) x[j]`. Operands: the x, then h. Linear in the x, and in h. `replaces`:
+    the first result is in the first operand's place."""
 
     plain: Matrix
     scaled: Matrix
+    replaces: bool = False
 
     @property
     def count(self) -> int:
@@ -128,8 +135,18 @@ class Combine(Pass):
     def results(self) -> list[Buffer]:
         return [self._state()] * len(self.plain)
 
+    @property
+    def in_place(self) -> dict[int, int]:
+        return {0: 0} if self.replaces else {}
+
+    @property
+    def rewrites(self) -> bool:
+        return self.replaces
+
     def body(self, count: Any, *refs: Any) -> None:
-        given, h, outs = refs[: self.count], refs[self.count][...], refs[self.count + 1 :]
+        outs = refs[len(refs) - len(self.plain) :]
+        given = [*outs[: self.replaces], *refs[: self.count - self.replaces]]
+        h = refs[self.count - self.replaces][...]
 
         def step(i: Array, _: Any) -> None:
             for out, value in zip(outs, self.combined([x[i] for x in given], h), strict=True):
