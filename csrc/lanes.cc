@@ -272,18 +272,17 @@ PK_EXPORT int64_t pk_retired(char* buffer, int64_t capacity) { return registry()
 
 PK_EXPORT void pk_set_poison(int on) { poison = on != 0; }
 
-// Runs a kernel on threads of its own, without XLA. Returns null, or what is wrong: text that lives until
-// this thread's next call.
-PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const int64_t* layout, int64_t rows,
-                             void* const* buffers, int64_t threads) {
+namespace {
+
+// Runs something that wants threads, on threads of its own. Returns null, or what is wrong: text that lives
+// until this thread's next call.
+template <typename Run>
+const char* on_own_threads(const Run& run) {
   static thread_local std::string error;
   std::vector<std::thread> pool;
   const char* failed = nullptr;
   try {
-    pk::Plan plan(layout, static_cast<size_t>(rows) * pk::kRowNumbers, lanes, width);
-    pk::run(
-        std::move(plan), reinterpret_cast<pk::Kernel>(address), buffers, threads,
-        [&pool](std::function<void()> closure) { pool.emplace_back(std::move(closure)); }, poison.load());
+    run([&pool](std::function<void()> closure) { pool.emplace_back(std::move(closure)); });
   } catch (const std::bad_alloc&) {
     failed = "pykernels: no memory for scratch";
   } catch (const std::exception& caught) {
@@ -292,4 +291,26 @@ PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const 
   }
   for (std::thread& thread : pool) thread.join();
   return failed;
+}
+
+}  // namespace
+
+// Without XLA, for tests and benchmarks.
+PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const int64_t* layout, int64_t rows,
+                             void* const* buffers, int64_t threads) {
+  return on_own_threads([&](const pk::Schedule& schedule) {
+    pk::Plan plan(layout, static_cast<size_t>(rows) * pk::kRowNumbers, lanes, width);
+    pk::run(std::move(plan), reinterpret_cast<pk::Kernel>(address), buffers, threads, schedule,
+            poison.load());
+  });
+}
+
+PK_EXPORT const char* pk_run_pass(void* address, int64_t rows, int64_t columns, int64_t width, int64_t piece,
+                                  const int64_t* layout, int64_t strips, void* const* buffers,
+                                  int64_t threads) {
+  return on_own_threads([&](const pk::Schedule& schedule) {
+    const pk::PassPlan plan(layout, static_cast<size_t>(strips) * pk::kRowNumbers, rows, columns, width,
+                            piece);
+    pk::run_pass(plan, reinterpret_cast<pk::Kernel>(address), buffers, threads, schedule, poison.load());
+  });
 }

@@ -1,7 +1,10 @@
 #include "passes.h"
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -21,6 +24,13 @@ bool is_result(Part part) { return part >= Part::kResult; }
 bool has_slots(Part part) { return part == Part::kSlots || part == Part::kSlotsResult; }
 
 int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// Stores past the caches are not ordered by what releases ordinary ones.
+void order_streaming_stores() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_sfence();
+#endif
+}
 
 template <typename T>
 void add_up(const char* parts, int64_t count, char* total) {
@@ -116,8 +126,7 @@ void PassWorker::run(int64_t task) {
   for (int64_t piece = first; piece < last; ++piece) {
     run_piece(piece / plan_.pieces_per_row, piece % plan_.pieces_per_row);
   }
-  // Streaming stores are ordered by nothing less.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  order_streaming_stores();
 }
 
 // Where a piece of a buffer begins; `part` is the number of the piece among a row's sums.

@@ -115,7 +115,8 @@ class Crew {
   void wait() {
     std::unique_lock<std::mutex> lock(mutex_);
     finished_.wait(lock, [this] { return unfinished_.load(std::memory_order_acquire) == 0; });
-    if (error_) std::rethrow_exception(error_);
+    // Closures that end later must not be the ones to free it.
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:

@@ -100,6 +100,28 @@ def uninitialized(shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.A
     return call(number=np.int64(number))
 
 
+def standalone(pass_: Pass, operands: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+    """A pass without XLA, on so many threads: for tests and benchmarks. Results in an operand's place begin as its copy."""
+    rows, columns = shape_of(pass_, operands)
+    source, library = source_of(pass_, False), native.load()
+    assert isinstance(source, Source) and library is not None
+    arrays = [np.ascontiguousarray(x) for x in operands]
+    results = [np.empty(s.shape, s.dtype) for s in structs_of(pass_.results, rows, columns)]
+    for operand, result in pass_.in_place.items():
+        results[result][...] = arrays[operand]
+    engine = cpu.link(cpu.compile_object(source.payload.encode(), cpu.machine()))
+    library.run_pass(
+        engine.get_function_address("kernel"),
+        (rows, columns),
+        width(pass_),
+        PIECE_BYTES // pass_.dtype.itemsize,
+        layout_of(pass_),
+        [array.ctypes.data for array in (*arrays, *results)],
+        threads,
+    )
+    return results
+
+
 def layout_of(pass_: Pass) -> list[Strip]:
     """The custom call's view of a pass's buffers."""
 

@@ -118,6 +118,15 @@ class Library:
             ctypes.c_int64,
         ]
         library.pk_run.restype = ctypes.c_char_p
+        library.pk_run_pass.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 4,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_int64,
+            ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_int64,
+        ]
+        library.pk_run_pass.restype = ctypes.c_char_p
         self._library = library
         self._handlers = {
             TARGET: library.PkLanes,
@@ -202,6 +211,36 @@ class Library:
             address,
             lanes,
             width,
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            len(layout),
+            (ctypes.c_void_p * len(buffers))(*buffers),
+            threads,
+        )
+        if error is not None:
+            raise ValueError(error.decode())
+
+    def run_pass(
+        self,
+        address: int,
+        shape: tuple[int, int],
+        width: int,
+        piece: int,
+        layout: Sequence[Strip],
+        buffers: Sequence[int],
+        threads: int,
+    ) -> None:
+        """Run a step kernel on a state of that shape without XLA, on up to `threads` threads: for tests and benchmarks.
+
+        `buffers` are the addresses of the C-contiguous arrays of all strips. Raises ValueError for a bad layout.
+        """
+        if len(buffers) != len(layout):
+            raise ValueError(f"{len(buffers)} buffers for a layout of {len(layout)} strips")
+        numbers = [int(number) for strip in layout for number in strip]
+        error = self._library.pk_run_pass(
+            address,
+            *shape,
+            width,
+            piece,
             (ctypes.c_int64 * len(numbers))(*numbers),
             len(layout),
             (ctypes.c_void_p * len(buffers))(*buffers),
