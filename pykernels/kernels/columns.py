@@ -8,7 +8,7 @@ depends on the shapes alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -100,26 +100,31 @@ def uninitialized(shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.A
     return call(number=np.int64(number))
 
 
-def standalone(pass_: Pass, operands: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
-    """A pass without XLA, on so many threads: for tests and benchmarks. Results in an operand's place begin as its copy."""
-    rows, columns = shape_of(pass_, operands)
+def standalone(
+    pass_: Pass, rows: int, columns: int
+) -> Callable[[Sequence[np.ndarray], int], list[np.ndarray]]:
+    """A pass without XLA: a function of its operands and a number of threads. For tests and benchmarks."""
     source, library = source_of(pass_, False), native.load()
     assert isinstance(source, Source) and library is not None
-    arrays = [np.ascontiguousarray(x) for x in operands]
-    results = [np.empty(s.shape, s.dtype) for s in structs_of(pass_.results, rows, columns)]
-    for operand, result in pass_.in_place.items():
-        results[result][...] = arrays[operand]
     engine = cpu.link(cpu.compile_object(source.payload.encode(), cpu.machine()))
-    library.run_pass(
-        engine.get_function_address("kernel"),
-        (rows, columns),
-        width(pass_),
-        PIECE_BYTES // pass_.dtype.itemsize,
-        layout_of(pass_),
-        [array.ctypes.data for array in (*arrays, *results)],
-        threads,
-    )
-    return results
+
+    def run(operands: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
+        arrays = [np.ascontiguousarray(x) for x in operands]
+        results = [np.empty(s.shape, s.dtype) for s in structs_of(pass_.results, rows, columns)]
+        for operand, result in pass_.in_place.items():
+            results[result][...] = arrays[operand]
+        library.run_pass(
+            engine.get_function_address("kernel"),  # asked here: the code lives as long as its engine
+            (rows, columns),
+            width(pass_),
+            PIECE_BYTES // pass_.dtype.itemsize,
+            layout_of(pass_),
+            [array.ctypes.data for array in (*arrays, *results)],
+            threads,
+        )
+        return results
+
+    return run
 
 
 def layout_of(pass_: Pass) -> list[Strip]:
