@@ -32,8 +32,9 @@ class Adjoint(Protocol):
         """Values' leaves, status, attempts, accepted: differentiable with respect to `inputs`."""
         ...
 
-    def memory(self, solve: Solve) -> int:
-        """Bytes per trajectory that reverse mode keeps between the forward and the backward pass, or during it."""
+    def memory(self, solve: Solve, lanes: int) -> int:
+        """Bytes per trajectory, of so many, that reverse mode keeps between the forward and the backward pass, or during
+        it."""
         ...
 
     def kernels(self, solve: Solve) -> list[Kernel]:
@@ -49,8 +50,8 @@ class ForwardOnly:
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         return primitives.solve(inputs, solve)
 
-    def memory(self, solve: Solve) -> int:
-        del solve
+    def memory(self, solve: Solve, lanes: int) -> int:
+        del solve, lanes
         return 0
 
     def kernels(self, solve: Solve) -> list[Kernel]:
@@ -95,8 +96,8 @@ class Milestones:
         record = self.record(solve, inputs[solve.first_y].shape[-1])
         return _with_milestones(solve, record, wrt, *inputs)
 
-    def memory(self, solve: Solve) -> int:
-        record = self.record(solve)
+    def memory(self, solve: Solve, lanes: int) -> int:
+        record = self.record(solve, lanes)
         if solve.kind == "vmap":
             return array_plan.memory(solve, record)
         kept = body.forward_buffers(solve, record)[len(solve.field.y_shapes) + 1 :]
@@ -134,7 +135,8 @@ class BoundedTree:
             depth += 1
         return depth
 
-    def memory(self, solve: Solve) -> int:
+    def memory(self, solve: Solve, lanes: int) -> int:
+        del lanes
         states = self.branching * self.depth(solve.max_steps)
         return states * (solve.field.elements + 4) * solve.field.dtype.itemsize
 

@@ -59,6 +59,7 @@ class Passes(NamedTuple):
     accept: Callable[..., list[Array]]  # rk_accept
     save: Callable[..., Array]  # milestone_save
     restore: Callable[..., Array]  # milestone_restore
+    empty: Callable[..., Array]  # uninitialized
 
 
 def default_record(solve: Solve, rows: int) -> Record:
@@ -157,6 +158,7 @@ class _System:
             for x, lane in zip(inputs[solve.first_operand :], self.lane, strict=True)
         ]
         self.inputs = inputs
+        self._buffers = 0
 
         def vector(index: int) -> Array:
             return jnp.broadcast_to(inputs[index], (rows,))
@@ -200,12 +202,23 @@ class _System:
             slopes = jax.vmap(self.solve.field.function, in_axes=axes)(t, *states, *operands)
         return [k.reshape(self.rows, p.shape[1]) for k, p in zip(slopes, y, strict=True)]
 
-    def stage(self, y: Pieces | None, slopes: Sequence[Pieces], h: Array, weights: Sequence[float]) -> Pieces:
-        """y + h sum_i w_i k_i."""
+    def stage(
+        self,
+        y: Pieces | None,
+        slopes: Sequence[Pieces],
+        h: Array,
+        weights: Sequence[float],
+        *,
+        in_place: bool = False,
+    ) -> Pieces:
+        """y + h sum_i w_i k_i; `in_place`: in the memory of y, which is not needed any more."""
         if not any(weights):
             return y if y is not None else [jnp.zeros_like(p) for p in slopes[0]]
         bases = [None] * len(self.shapes) if y is None else y
-        return [self.passes.stage(b, [k[i] for k in slopes], h, weights) for i, b in enumerate(bases)]
+        return [
+            self.passes.stage(b, [k[i] for k in slopes], h, weights, in_place=in_place)
+            for i, b in enumerate(bases)
+        ]
 
     def attempt(self, t: Array, h: Array, y: Pieces, k0: Pieces) -> tuple[list[Pieces], Pieces, Array]:
         """The stages of a step, its new state, and the mean square of its error in units of the tolerance (infinite if not
@@ -255,23 +268,35 @@ class _System:
         return [self.passes.restore(b, slot) for b in buffers]
 
     def buffers(self, slots: int) -> list[Array]:
-        return [lax.empty((slots, self.rows, math.prod(s)), self.solve.field.dtype) for s in self.shapes]
+        """For so many states, with undefined contents."""
+        return [self.empty(slots, self.rows, math.prod(s)) for s in self.shapes]
+
+    def empty(self, *shape: int) -> Array:
+        self._buffers += 1
+        return self.passes.empty(shape, self.solve.field.dtype, number=self._buffers)
 
     def stages(
-        self, t: Array, h: Array, y: Pieces, k0: Pieces, *, last: bool = False
+        self, t: Array, h: Array, y: Pieces, k0: Pieces, *, last: bool = False, in_place: bool = False
     ) -> tuple[list[Pieces], Pieces]:
-        """The stages of a step and its new state. `last` False leaves out an FSAL stage."""
-        tableau, stages, argument = self.solve.method, [k0], y
+        """The stages of a step and its new state. `last` False leaves out an FSAL stage; `in_place` as in `stage`."""
+        tableau, stages = self.solve.method, [k0]
         for row, c in zip(tableau.a, tableau.c[1:], strict=True):
-            argument = self.stage(y, stages, h, row)
-            if tableau.fsal and len(stages) == tableau.stages - 1 and not last:
-                break
+            ends = tableau.fsal and len(stages) == tableau.stages - 1 and not last
+            argument = self.stage(y, stages, h, row, in_place=in_place and ends)
+            if ends:
+                return stages, argument
             stages.append(self.field(t + c * h, argument))
-        return stages, argument if tableau.fsal else self.stage(y, stages, h, tableau.b)
+        if tableau.fsal:
+            return stages, argument
+        return stages, self.stage(y, stages, h, tableau.b, in_place=in_place)
 
-    def step(self, t: Array, h: Array, y: Pieces) -> Pieces:
-        """The new state after a step whose size is known."""
-        return self.stages(t, h, y, self.field(t, y))[1]
+    def step(self, t: Array, h: Array, y: Pieces, made: Array | None) -> Pieces:
+        """The new state after a step whose size is known, in the place of the old one, in the rows that made it (None:
+        all)."""
+        k0 = self.field(t, y)
+        if made is None or self.rows == 1:
+            return self.stages(t, h, y, k0, in_place=True)[1]
+        return self.accept([y], [self.stages(t, h, y, k0)[1]], made)[0]
 
     def extend(self, stages: Sequence[Pieces], t: Array, h: Array, y: Pieces) -> list[Pieces]:
         """Append the stages that only the interpolant needs."""
@@ -340,7 +365,7 @@ class _Forward:
         k0 = [k.T for k in state.k0] if self.carried else None
         noted = None
         if self.record is not None and solve.adaptive:
-            noted = jnp.zeros((solve.max_steps, 2, system.rows), solve.field.dtype)
+            noted = system.empty(solve.max_steps, 2, system.rows)
         saved: list[Array] = []
         pointer = None
         if solve.saves is not None:
@@ -407,16 +432,16 @@ class _Forward:
     def _fixed(self, loop: _Loop, i: Array) -> _Loop:
         system, stepper, y = self.system, self.stepper, loop.y
         t, h, live, last = stepper.fixed_size(i)
+        made = live if stepper.steps is not None else None  # None: every row makes every step
         if not self.carried and self.solve.saves is None:
-            olds, news = [y], [system.step(t, h, y)]
-        else:
-            k0 = loop.k0 if loop.k0 is not None else system.field(t, y)
-            stages, new = system.stages(t, h, y, k0, last=True)
-            end = jnp.where(last, stepper.t1, stepper.time(i + 1))
-            loop = self._saved(loop, live, t, h, end, stages)
-            olds, news = ([y, k0], [new, stages[-1]]) if self.carried else ([y], [new])
-        if stepper.steps is not None and system.rows > 1:  # else every row makes every step
-            news = system.accept(olds, news, live)
+            return loop._replace(y=system.step(t, h, y, made))
+        k0 = loop.k0 if loop.k0 is not None else system.field(t, y)
+        stages, new = system.stages(t, h, y, k0, last=True)
+        end = jnp.where(last, stepper.t1, stepper.time(i + 1))
+        loop = self._saved(loop, live, t, h, end, stages)
+        olds, news = ([y, k0], [new, stages[-1]]) if self.carried else ([y], [new])
+        if made is not None and system.rows > 1:
+            news = system.accept(olds, news, made)
         return loop._replace(y=news[0], k0=news[1] if self.carried else None)
 
     def _saved(self, loop: _Loop, rows: Array, t: Array, h: Array, end: Array, stages: list[Pieces]) -> _Loop:
@@ -615,8 +640,7 @@ class _Backward:
 
     def _advance(self, i: Array, y: Pieces) -> Pieces:
         taken = self._taken(i)
-        new = self.system.step(taken.t, taken.h, y)
-        return new if self.system.rows == 1 else self.system.accept([y], [new], taken.accepted)[0]
+        return self.system.step(taken.t, taken.h, y, taken.accepted)
 
     def _note(self, y: Pieces, start: Array, stop: Array, scratch: _Scratch) -> _Scratch:
         """Write the states that the segment's steps begin with. Where the last one leads is known already."""
@@ -762,7 +786,7 @@ class _Backward:
                 t_ct, h_ct = t_ct + stage_t_ct, h_ct + abscissae[j] * stage_t_ct + along
             totals = self._accumulate(totals, operand_cts, taken.accepted)
         terms = mus if given is None else [*mus, given]
-        new = system.stage(cotangents.y, terms, ones, [1.0] * len(terms))
+        new = system.stage(cotangents.y, terms, ones, [1.0] * len(terms), in_place=system.rows == 1)
         if system.rows > 1:
             (new,) = system.accept([cotangents.y], [new], taken.accepted)
         cotangents = cotangents._replace(y=new, operands=totals, pointer=pointer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -290,6 +291,7 @@ def _passes(runner: str | None) -> array_plan.Passes:
         accept=functools.partial(rk_accept, runner=runner),
         save=functools.partial(milestone_save, runner=runner),
         restore=functools.partial(milestone_restore, runner=runner),
+        empty=uninitialized,
     )
 
 
@@ -325,6 +327,8 @@ def _run_on(platform: str) -> Run:
     """The platform's runner for each kernel, and the portable one for what none of them runs."""
 
     def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+        if kernel.solve.kind == "vmap":
+            return _run_portable(kernel, operands, lanes)
         name, reason = runner_of(platform, kernel, lanes)
         if name != "xla":
             return _RUNNERS[platform][name].run(kernel, operands, lanes)
@@ -344,7 +348,8 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
     if asked == "xla":
         return "xla", "asked for by config"
     if kernel.solve.kind == "vmap":
-        return "xla", "the array plan's loops are XLA's"
+        name, reason = _step_kernels_of(platform, kernel.solve, lanes)
+        return name, f"loops are XLA's, their step kernels' runner {name}: {reason}"
     runners = _RUNNERS[platform]
     if asked is not None:
         obstacle = runners[asked].obstacle(kernel, lanes) if asked in runners else f"not on {platform}"
@@ -362,10 +367,19 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
     return "xla", "; ".join(obstacles)
 
 
+def _step_kernels_of(platform: str, solve: Solve, lanes: int) -> tuple[str, str]:
+    """The runner of the array plan's passes over the largest leaf, and why."""
+    columns = max(math.prod(shape) for shape in solve.field.y_shapes)
+    stage = Combine(solve.field.dtype, ((1.0, 0.0),), ((0.0, 1.0),), runner=solve.runner)
+    return pass_runner_of(platform, stage, lanes, columns)
+
+
 def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[str, str, int]:
     """The runner a CPU takes for these kernels, why, and its lanes per block. No kernels: plain JAX."""
     chosen = [runner_of("cpu", kernel, lanes) for kernel in kernels] or [("xla", "this adjoint is plain JAX")]
     for name, reason in chosen:
+        if solve.kind == "vmap":
+            return name, reason, lanes
         if name == "xla":
             return name, reason, xla.block_size(lanes, xla.wanted_block(solve))
     return "native", "machine code through LLVM", cpu.width(solve, lanes)
