@@ -1,6 +1,6 @@
 """The step kernels of the array plan on one large state: against the bandwidth of a copy, and against plain JAX.
 
-    python bench/step_kernels.py [--columns 4000000] [--dtype float32]        (a minute)
+    python bench/step_kernels.py [--columns 4000000] [--dtype float32] [--sizes]        (a minute)
 
 Every pass is a compiled function of its own whose results take the memory of the results before, as in a solve, where XLA's
 buffers are used again and again. (In a compiled loop XLA would move what does not change out of it.) Native and plain are
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import statistics
 import sys
 import threading
@@ -154,10 +155,62 @@ def check(case: Case, y: Any, others: Sequence[Any], h: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=32 * eps, atol=32 * eps)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) / PASSES_PER_CALL
+def measure(
+    case: Case, arrays: Sequence[Any], h: Any, extra: dict[str, Callable[[], None]]
+) -> dict[str, float]:
+    """Median seconds per pass of both runners, and of what else is to be run between them."""
+    y, others = arrays[0], arrays[1 : 1 + case.others]
+    check(case, y, others, h)
+    runs = {runner: program(case, runner, y, others, h) for runner in ("native", "xla")} | extra
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat > 0:
+                samples[name].append((time.perf_counter() - start) / PASSES_PER_CALL)
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def inputs(rows: int, columns: int, dtype: Any) -> tuple[list[Any], Any]:
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=(rows, columns)), dtype) for _ in range(8)]
+    return arrays, jnp.full(rows, 1e-3, dtype)
+
+
+def one_size(rows: int, columns: int, dtype: Any, only: str) -> None:
+    arrays, h = inputs(rows, columns, dtype)
+    size, rates = arrays[0].nbytes, copies(rows * columns, dtype, _cores())
+    print(f"{rows} x {columns} {dtype}, {_cores()} cores")
+    print(f"{'':30s} {'native':>9s} {'plain':>9s} {'plain/native':>13s} {'GB/s':>7s} {'of a copy':>10s}")
+    for case in CASES:
+        if only not in case.name:
+            continue
+        times = measure(case, arrays, h, rates)
+        copy = 2 * size / min(times[name] for name in rates)
+        rate = case.moved * size / times["native"]
+        print(
+            f"{case.name:30s} {times['native'] * 1e3:6.2f} ms {times['xla'] * 1e3:6.2f} ms "
+            f"{times['xla'] / times['native']:12.2f}x {rate / 1e9:7.1f} {rate / copy:9.0%}   (copy {copy / 1e9:.1f} GB/s)"
+        )
+
+
+SIZES = [(1, 1 << k) for k in range(10, 22, 2)]
+SIZES += [(n // c, c) for n, c in [(1 << 20, c) for c in (32, 33, 64, 100, 128, 300, 1000, 2000, 2048, 5000)]]
+
+
+def many_sizes(dtype: Any, only: str) -> None:
+    """Where kernels begin to pay: the thresholds of kernels/columns.py."""
+    chosen = [case for case in (stage(2), last_stage(), fsal_finish()) if only in case.name]
+    print(f"{'plain/native':18s} {'kB per array':>12s} " + " ".join(f"{case.name:>28s}" for case in chosen))
+    for rows, columns in SIZES:
+        arrays, h = inputs(rows, columns, dtype)
+        found = [measure(case, arrays, h, {}) for case in chosen]
+        cells = [f"{t['xla'] / t['native']:13.2f}x {t['native'] * 1e6:10.0f} us" for t in found]
+        print(
+            f"{rows:8d} x {columns:7d} {arrays[0].nbytes / 1024:12.0f} "
+            + " ".join(f"{c:>28s}" for c in cells)
+        )
 
 
 def main() -> None:
@@ -168,45 +221,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--sizes", action="store_true", help="many sizes instead: where kernels begin to pay")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     reason = cpu.unavailable()
     if reason is not None:
         sys.exit(f"no native runner: {reason}")
-    dtype, shape = np.dtype(options.dtype), (options.rows, options.columns)
-    random = np.random.default_rng(0)
-    arrays = [jnp.asarray(random.normal(size=shape), dtype) for _ in range(8)]
-    h = jnp.full(options.rows, 1e-3, dtype)
-    size = arrays[0].nbytes
-    rates = copies(arrays[0].size, dtype, len(jax.devices()) and _cores())
-    print(f"{shape[0]} x {shape[1]} {dtype}, {_cores()} cores")
-    print(f"{'':30s} {'native':>9s} {'plain':>9s} {'plain/native':>13s} {'GB/s':>7s} {'of a copy':>10s}")
-    for case in CASES:
-        if options.only not in case.name:
-            continue
-        y, others = arrays[0], arrays[1 : 1 + case.others]
-        check(case, y, others, h)
-        runs: dict[str, Callable[[], Any]] = {r: program(case, r, y, others, h) for r in ("native", "xla")}
-        runs |= rates
-        for run in runs.values():
-            run()
-        samples: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(REPEATS):
-            for name, run in runs.items():
-                samples[name].append(seconds(run))
-        times = {name: statistics.median(found) for name, found in samples.items()}
-        copy = 2 * size / min(times[name] for name in rates)
-        rate = case.moved * size / times["native"]
-        print(
-            f"{case.name:30s} {times['native'] * 1e3:6.2f} ms {times['xla'] * 1e3:6.2f} ms "
-            f"{times['xla'] / times['native']:12.1f}x {rate / 1e9:7.1f} {rate / copy:9.0%}"
-            f"   (copy {copy / 1e9:.1f} GB/s)"
-        )
+    dtype = np.dtype(options.dtype)
+    if options.sizes:
+        many_sizes(dtype, options.only)
+    else:
+        one_size(options.rows, options.columns, dtype, options.only)
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))
 
 

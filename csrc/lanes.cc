@@ -166,16 +166,19 @@ void run_one_pass(ffi::ThreadPool& pool, std::string_view key, std::string_view 
   for (size_t i = 0; i < arguments.size(); ++i) take(arguments.get<ffi::AnyBuffer>(i).value(), true);
   for (size_t i = 0; i < results.size(); ++i) take(*results.get<ffi::AnyBuffer>(i).value(), false);
 
-  const bool streaming = !streaming_key.empty() && plan.aligned(buffers.data());
-  std::shared_ptr<const pk::Code> code;  // held until the call ends
+  std::shared_ptr<const pk::Code> plain, streaming;  // held until the call ends
+  const auto address = [](const std::shared_ptr<const pk::Code>& code) {
+    return reinterpret_cast<pk::Kernel>(code == nullptr ? nullptr : code->address);
+  };
   if (plan.tasks > 0) {
-    code =
-        streaming ? registry().get(streaming_key, streaming_ir, compile) : registry().get(key, ir, compile);
+    if (!streaming_key.empty() && plan.aligned(buffers.data())) {
+      streaming = registry().get(streaming_key, streaming_ir, compile);
+    }
+    if (streaming == nullptr || plan.columns % plan.width != 0) plain = registry().get(key, ir, compile);
   }
   pk::run_pass(
-      plan, reinterpret_cast<pk::Kernel>(code == nullptr ? nullptr : code->address), buffers.data(),
-      pool.num_threads(), [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); },
-      poison.load());
+      plan, {address(plain), address(streaming)}, buffers.data(), pool.num_threads(),
+      [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); }, poison.load());
 }
 
 // What XLA is told of what `run` throws.
@@ -311,6 +314,6 @@ PK_EXPORT const char* pk_run_pass(void* address, int64_t rows, int64_t columns, 
   return on_own_threads([&](const pk::Schedule& schedule) {
     const pk::PassPlan plan(layout, static_cast<size_t>(strips) * pk::kRowNumbers, rows, columns, width,
                             piece);
-    pk::run_pass(plan, reinterpret_cast<pk::Kernel>(address), buffers, threads, schedule, poison.load());
+    pk::run_pass(plan, {reinterpret_cast<pk::Kernel>(address)}, buffers, threads, schedule, poison.load());
   });
 }

@@ -43,7 +43,7 @@ void add_up(const char* parts, int64_t count, char* total) {
 // behind its pieces.
 class PassCall {
  public:
-  PassCall(const PassPlan& plan, Kernel kernel, void* const* buffers, bool poison);
+  PassCall(const PassPlan& plan, PassKernel kernel, void* const* buffers, bool poison);
 
   void add_sums();
 
@@ -53,7 +53,8 @@ class PassCall {
   int64_t parts_per_row() const { return plan_.pieces_per_row + 1; }
 
   const PassPlan plan_;
-  const Kernel kernel_;
+  const PassKernel kernel_;
+  const Kernel whole_;  // for whole vectors
   const bool poison_;
   std::vector<char*> buffers_;
   std::vector<size_t> passed_;                  // the buffers that the kernel gets, in order
@@ -90,8 +91,12 @@ class PassWorker {
   std::vector<int64_t> strides_;
 };
 
-PassCall::PassCall(const PassPlan& plan, Kernel kernel, void* const* buffers, bool poison)
-    : plan_(plan), kernel_(kernel), poison_(poison), parts_(plan.strips.size()) {
+PassCall::PassCall(const PassPlan& plan, PassKernel kernel, void* const* buffers, bool poison)
+    : plan_(plan),
+      kernel_(kernel),
+      whole_(kernel.streaming != nullptr && plan.aligned(buffers) ? kernel.streaming : kernel.plain),
+      poison_(poison),
+      parts_(plan.strips.size()) {
   for (size_t i = 0; i < plan_.strips.size(); ++i) {
     const Strip& strip = plan_.strips[i];
     buffers_.push_back(static_cast<char*>(buffers[i]));
@@ -163,7 +168,7 @@ void PassWorker::run_piece(int64_t row, int64_t number) {
       }
     }
     count_ = static_cast<int32_t>(whole);
-    call_.kernel_(pointers_.data(), strides_.data());
+    call_.whole_(pointers_.data(), strides_.data());
   }
   const int64_t rest = present - whole * plan_.width;
   if (rest > 0) run_rest(row, first + whole * plan_.width, rest);
@@ -185,7 +190,7 @@ void PassWorker::run_rest(int64_t row, int64_t first, int64_t present) {
     pointers_[i + 1] = memory;
   }
   count_ = 1;
-  call_.kernel_(pointers_.data(), strides_.data());
+  call_.kernel_.plain(pointers_.data(), strides_.data());
   for (size_t i = 0; i < call_.passed_.size(); ++i) {
     const size_t buffer = call_.passed_[i];
     const Strip& strip = plan_.strips[buffer];
@@ -277,7 +282,7 @@ int64_t PassPlan::elements(const Strip& strip) const {
   return rows * columns * (has_slots(strip.part) || strip.slots > 0 ? strip.slots : 1);
 }
 
-void run_pass(const PassPlan& plan, Kernel kernel, void* const* buffers, int64_t threads,
+void run_pass(const PassPlan& plan, PassKernel kernel, void* const* buffers, int64_t threads,
               const Schedule& schedule, bool poison) {
   const auto call = std::make_shared<PassCall>(plan, kernel, buffers, poison);
   share(plan.tasks, threads, schedule, [call]() -> Work {

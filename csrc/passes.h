@@ -56,9 +56,16 @@ struct PassPlan {
   int64_t elements(const Strip& strip) const;
 };
 
-// The kernel gets the address of `count` (int32) first, then those of the buffers' pieces but for kReplaced;
+// The same kernel twice: `streaming` writes whole vectors past the caches, and may be null; it is used only
+// where the results are `aligned`, and never for what is left of a row, which is read back at once.
+struct PassKernel {
+  Kernel plain;
+  Kernel streaming = nullptr;
+};
+
+// A kernel gets the address of `count` (int32) first, then those of the buffers' pieces but for kReplaced;
 // strides as in blocks.h: 0 for what has no columns, else `width`. Threads and the end as in `run`.
-void run_pass(const PassPlan& plan, Kernel kernel, void* const* buffers, int64_t threads,
+void run_pass(const PassPlan& plan, PassKernel kernel, void* const* buffers, int64_t threads,
               const Schedule& schedule, bool poison);
 
 }  // namespace pk

@@ -93,7 +93,7 @@ struct State {
     const PassPlan plan(kLayout.data(), kLayout.size(), rows, columns, kWidth, kPiece);
     void* const buffers[] = {y.data(),      k.data(),   h.data(),      slots.data(),
                              buffer.data(), out.data(), buffer.data(), sums.data()};
-    pk::run_pass(plan, kernel, buffers, threads, pool.schedule(), poison);
+    pk::run_pass(plan, {kernel}, buffers, threads, pool.schedule(), poison);
   }
 
   // The sum in the promised order: piece by piece, then what is left.
@@ -166,7 +166,7 @@ void test_results_left_alone() {
   const std::vector<double> before = state;
   void* const buffers[] = {h.data(), state.data(), state.data()};
   Threads pool;
-  pk::run_pass(PassPlan(layout.data(), layout.size(), 2, 7, kWidth, kPiece), nothing, buffers, 2,
+  pk::run_pass(PassPlan(layout.data(), layout.size(), 2, 7, kWidth, kPiece), {nothing}, buffers, 2,
                pool.schedule(), true);
   CHECK(state == before);
 }
@@ -180,6 +180,31 @@ void test_alignment() {
   };
   CHECK(aligned(1, 17, memory) && aligned(2, 16, memory));
   CHECK(!aligned(2, 17, memory) && !aligned(1, 17, memory + 1));
+}
+
+// Whole vectors of aligned rows are the streaming kernel's, the rest is not.
+void test_streaming() {
+  const std::vector<int64_t> layout = {kState, 4, 0, 0, kResult, 4, 0, 0};
+  const auto plain = [](void* const* p, const int64_t*) {
+    for (int64_t i = 0; i < 16 * *static_cast<int32_t*>(p[0]); ++i) static_cast<float*>(p[2])[i] = 1;
+  };
+  const auto streaming = [](void* const* p, const int64_t*) {
+    CHECK(reinterpret_cast<uintptr_t>(p[2]) % 64 == 0);
+    for (int64_t i = 0; i < 16 * *static_cast<int32_t*>(p[0]); ++i) static_cast<float*>(p[2])[i] = 2;
+  };
+  alignas(64) static float memory[256];
+  const auto go = [&](int64_t rows, int64_t columns, float* result) {
+    void* const buffers[] = {memory, result};
+    Threads pool;
+    const PassPlan plan(layout.data(), layout.size(), rows, columns, 16, 64);
+    pk::run_pass(plan, {plain, streaming}, buffers, 2, pool.schedule(), false);
+  };
+  go(1, 85, memory);
+  for (int i = 0; i < 85; ++i) CHECK(memory[i] == (i < 80 ? 2 : 1));
+  go(2, 85, memory);
+  for (int i = 0; i < 170; ++i) CHECK(memory[i] == 1);
+  go(1, 80, memory + 1);
+  for (int i = 0; i < 80; ++i) CHECK(memory[i + 1] == 1);
 }
 
 std::string message(const std::function<void()>& action) {
@@ -221,7 +246,7 @@ void test_errors_come_through() {
   Threads pool;
   const auto refuse = [](void* const*, const int64_t*) { throw std::invalid_argument("no"); };
   CHECK(message([&] {
-          pk::run_pass(PassPlan(layout.data(), layout.size(), 4, 1000, kWidth, kPiece), refuse, buffers, 3,
+          pk::run_pass(PassPlan(layout.data(), layout.size(), 4, 1000, kWidth, kPiece), {refuse}, buffers, 3,
                        pool.schedule(), false);
         }) == "no");
 }
@@ -234,6 +259,7 @@ int main() {
   test_poison();
   test_results_left_alone();
   test_alignment();
+  test_streaming();
   test_layouts();
   test_errors_come_through();
   std::puts("test_passes: all passed");

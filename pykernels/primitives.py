@@ -870,7 +870,7 @@ def pass_runner_of(platform: str, pass_: Pass, rows: int, columns: int) -> tuple
     if runner is None or obstacle is not None:
         return "xla", str(obstacle)
     if asked is None and not runner.worthwhile(pass_, rows, columns):
-        return "xla", "so small a state stays in the cache"
+        return "xla", "the state is small, or its rows are"
     return runner.name, "the default" if asked is None else "asked for by config"
 
 

@@ -25,9 +25,11 @@ REGISTERS = 2
 # Columns of a piece: a task for a thread.
 PIECE_BYTES = 64 * 1024
 # Bytes of a pass's operands and results above which its kernel is worth a call of its own, and above which results are
-# written past the caches, where the next pass would not find them anyway. Measured with bench/step_kernels.py.
+# written past the caches, where the next pass would not find them anyway; and bytes of a row above which it does not matter
+# that a last vector is copied. Measured with bench/step_kernels.py (--sizes for the first and the last).
 SMALL_BYTES = 256 * 1024
 STREAMED_BYTES = 8 * 1024 * 1024
+LONG_ROW_BYTES = 8 * 1024
 # What the emitter is told of a piece's vectors; it does not look.
 _VECTORS = 16
 _SUPPORTED = ("float32", "float64")
@@ -47,8 +49,11 @@ def obstacle(pass_: Pass, rows: int, columns: int) -> str | None:
 
 
 def worthwhile(pass_: Pass, rows: int, columns: int) -> bool:
-    """Whether a kernel is faster than what XLA makes of the pass."""
-    return columns >= width(pass_) and _bytes(pass_, rows, columns) >= SMALL_BYTES
+    """Whether a kernel is faster than what XLA makes of the pass, which is at its best in the caches, where it may also be
+    fused with the field, and does not mind what length rows have."""
+    vectors, rest = divmod(columns, width(pass_))
+    long = columns * pass_.dtype.itemsize >= LONG_ROW_BYTES or (vectors >= 2 and rest == 0)
+    return long and _bytes(pass_, rows, columns) >= SMALL_BYTES
 
 
 def _bytes(pass_: Pass, rows: int, columns: int) -> int:
@@ -68,7 +73,9 @@ def run(pass_: Pass, operands: Sequence[jax.Array]) -> list[jax.Array]:
     streamed = source_of(pass_, True) if _bytes(pass_, rows, columns) >= STREAMED_BYTES else Source("", "")
     assert isinstance(plain, Source) and isinstance(streamed, Source)
     cpu.register()
-    cpu.compiler.prepare(streamed if streamed.key else plain)
+    for source in (plain, streamed):
+        if source.key:
+            cpu.compiler.prepare(source)
     call = jax.ffi.ffi_call(
         native.PASS_TARGET,
         structs_of(pass_.results, rows, columns),
