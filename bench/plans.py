@@ -10,6 +10,7 @@ and the default's choice. Runs alternate between the plans.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
@@ -138,7 +139,7 @@ def main() -> None:
                 continue
             made = [programs(case, plan) for plan in PLANS]
             calls = [
-                lambda f=f: f(case.y0s, case.args)
+                functools.partial(f, case.y0s, case.args)
                 for forward, gradient, _ in made
                 for f in (forward, gradient)
             ]
