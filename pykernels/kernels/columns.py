@@ -21,7 +21,7 @@ from pykernels.kernels.native import Part, Strip
 from pykernels.kernels.passes import Buffer, Kind, Pass, shape_of, structs_of
 
 # Vector registers that a body takes at a time: longer bursts from each of the arrays it reads, and less of the loop itself.
-REGISTERS = 2
+REGISTERS = 4
 # Columns of a piece: a task for a thread.
 PIECE_BYTES = 64 * 1024
 # Bytes of a pass's operands and results above which its kernel is worth a call of its own, and above which results are
