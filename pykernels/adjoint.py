@@ -66,6 +66,7 @@ class Milestones:
     of one segment (default the same). While the solve makes at most `count * scratch` attempts, every attempt is replayed
     once; beyond that every other milestone is dropped and further levels of replay are used, so memory stays bounded and
     each level costs one more forward sweep. The gradient is that of the discrete solution with its step sizes held constant.
+    In the array plan a default is fitted to the size of the state, see `array_plan.default_record`.
 
     Raises ValueError for sizes below 1.
     """

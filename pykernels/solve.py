@@ -168,10 +168,12 @@ class Explanation:
         return "\n".join([self._on_cpu(), *lines])
 
     def _on_cpu(self) -> str:
+        lift, blocks = f" ({self.lift} lift)", f"blocks of {self.block} of {self.lanes} trajectories"
+        if self.plan == "array":
+            lift, blocks = "", f"{self.lanes} trajectories together"
         return (
-            f"plan {self.plan} ({self.lift} lift): {self.reason}\n"
-            f"runner {self.runner} ({self.runner_reason}), blocks of {self.block} of {self.lanes} trajectories, "
-            f"{self.operations} operations per field evaluation\n"
+            f"plan {self.plan}{lift}: {self.reason}\n"
+            f"runner {self.runner} ({self.runner_reason}), {blocks}, {self.operations} operations per field evaluation\n"
             f"reverse mode keeps {self.milestone_bytes_per_trajectory} bytes per trajectory"
         )
 
