@@ -1,9 +1,5 @@
 #include "blocks.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <xmmintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <exception>
@@ -11,19 +7,16 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 
 namespace pk {
 namespace {
 
-constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
 // A gap after each of a worker's buffers. Without it, buffers whose size is a power of two would all begin in
 // the same cache set and evict each other; three lines, because three shares no divisor with the number of
 // sets.
 constexpr int64_t kGap = 3 * kAlignment;
-constexpr int64_t kMostKept = int64_t{64} << 20;  // memory that a thread keeps between calls
 
 [[noreturn]] void reject(size_t row, const std::string& why) {
   throw std::invalid_argument("pykernels: layout row " + std::to_string(row) + ": " + why);
@@ -95,60 +88,15 @@ void add(const Row& row, char* total, const char* part) {
   }
 }
 
-// Memory that a thread keeps from call to call, so that a call costs no page faults.
-class Arena {
- public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { release(); }
-
-  // At least this many bytes, contents undefined: what was there before is lost if it must grow.
-  char* reserve(int64_t bytes) {
-    if (bytes > capacity_) {
-      release();
-      memory_ = static_cast<char*>(
-          ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment}, std::nothrow));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      capacity_ = bytes;
-    }
-    return memory_;
-  }
-
-  void trim() {
-    if (capacity_ > kMostKept) release();
-  }
-
- private:
-  void release() {
-    ::operator delete(memory_, std::align_val_t{kAlignment});
-    memory_ = nullptr;
-    capacity_ = 0;
-  }
-
-  char* memory_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
-thread_local Arena arena;  // one worker at a time runs on a thread: kernels never call back
-
 // What the caller and the closures of one call share.
 class Call {
  public:
   Call(Plan plan, Kernel kernel, void* const* buffers, bool poison);
 
-  // Claims tasks and runs them until none is left. The buffers are touched only between a claim and its end.
-  void work() noexcept;
-
-  // Waits for the tasks that others have claimed: for threads that are running, never for closures that are
-  // not.
-  void wait();
-
  private:
   friend class Worker;
   static constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
-  void fail(std::exception_ptr error) noexcept;
   void fold(int64_t task, const char* sums);
   void add_to_total(const char* sums);
 
@@ -158,45 +106,9 @@ class Call {
   std::vector<char*> buffers_;
   std::vector<size_t> alias_;  // per row: the input whose buffer a result shares, or kNone
 
-  std::atomic<int64_t> next_{0};  // the next task to claim
-  std::atomic<int64_t> unfinished_;
-  std::atomic<bool> failed_{false};
-
-  std::mutex mutex_;  // for all below
-  std::condition_variable finished_;
-  std::exception_ptr error_;
+  std::mutex mutex_;                                  // for all below
   int64_t folded_ = 0;                                // tasks whose sums are in the results
   std::map<int64_t, std::unique_ptr<char[]>> early_;  // sums of tasks that ended before an earlier one
-};
-
-// While it lives, results and operands too small for a normal number are zero on this thread: that is how XLA computes on
-// CPUs, and threads must not differ, or a lane's bits would depend on which of them took it.
-class FlushSubnormals {
- public:
-  FlushSubnormals() : before_(get()) { set(before_ | kFlush); }
-  ~FlushSubnormals() { set(before_); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
- private:
-#if defined(__x86_64__) || defined(_M_X64)
-  static constexpr uint64_t kFlush = 0x8040;  // MXCSR: flush to zero, and take denormal operands as zero
-  static uint64_t get() { return _mm_getcsr(); }
-  static void set(uint64_t word) { _mm_setcsr(static_cast<unsigned>(word)); }
-#elif defined(__aarch64__) && defined(__GNUC__)
-  static constexpr uint64_t kFlush = uint64_t{1} << 24;  // FPCR.FZ
-  static uint64_t get() {
-    uint64_t word;
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(word));
-    return word;
-  }
-  static void set(uint64_t word) { __asm__ __volatile__("msr fpcr, %0" : : "r"(word)); }
-#else
-  static constexpr uint64_t kFlush = 0;
-  static uint64_t get() { return 0; }
-  static void set(uint64_t) {}
-#endif
-  const uint64_t before_;
 };
 
 // A thread at work on a call.
@@ -204,7 +116,7 @@ class Worker {
  public:
   explicit Worker(Call& call)
       : call_(call), plan_(call.plan_), pointers_(plan_.rows.size()), strides_(plan_.rows.size()) {}
-  ~Worker() { arena.trim(); }
+  ~Worker() { trim_thread_memory(); }
 
   void run(int64_t task);
 
@@ -216,7 +128,6 @@ class Worker {
   void poison();
   int64_t row_bytes(const Row& row) const { return plan_.width * row.item; }
 
-  const FlushSubnormals flush_;
   Call& call_;
   const Plan& plan_;
   char* memory_ = nullptr;
@@ -225,11 +136,7 @@ class Worker {
 };
 
 Call::Call(Plan plan, Kernel kernel, void* const* buffers, bool poison)
-    : plan_(std::move(plan)),
-      kernel_(kernel),
-      poison_(poison),
-      alias_(plan_.rows.size(), kNone),
-      unfinished_(plan_.tasks) {
+    : plan_(std::move(plan)), kernel_(kernel), poison_(poison), alias_(plan_.rows.size(), kNone) {
   for (size_t i = 0; i < plan_.buffers; ++i) {
     buffers_.push_back(static_cast<char*>(buffers[i]));
     const Row& row = plan_.rows[i];
@@ -240,37 +147,6 @@ Call::Call(Plan plan, Kernel kernel, void* const* buffers, bool poison)
       if (same && is_input(input.role) && has_lanes(input.role) && buffers[j] == buffers[i]) alias_[i] = j;
     }
   }
-}
-
-void Call::work() noexcept {
-  std::optional<Worker> worker;
-  for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < plan_.tasks;) {
-    if (!failed_.load(std::memory_order_relaxed)) {
-      try {
-        if (!worker) worker.emplace(*this);
-        worker->run(task);
-      } catch (...) {
-        fail(std::current_exception());
-      }
-    }
-    // Releases what this thread wrote to the caller, which acquires it in wait().
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      finished_.notify_one();
-    }
-  }
-}
-
-void Call::wait() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  finished_.wait(lock, [this] { return unfinished_.load(std::memory_order_acquire) == 0; });
-  if (error_) std::rethrow_exception(error_);
-}
-
-void Call::fail(std::exception_ptr error) noexcept {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (!error_) error_ = std::move(error);
-  failed_.store(true, std::memory_order_relaxed);
 }
 
 // Adds the tasks' sums to the results in the order of the tasks. Those that come early wait in `early_`, so
@@ -308,7 +184,7 @@ void Worker::run(int64_t task) {
   const int64_t first = task * plan_.blocks_per_task;
   const int64_t last = std::min(first + plan_.blocks_per_task, plan_.blocks);
   const bool padded = last == plan_.blocks && plan_.lanes % plan_.width != 0;
-  memory_ = arena.reserve(padded ? plan_.padded_bytes : plan_.bytes);
+  memory_ = thread_memory(padded ? plan_.padded_bytes : plan_.bytes);
   char* const sums = memory_ + plan_.sums_bytes;
   for (int64_t block = first; block < last; ++block) {
     run_block(block);
@@ -464,16 +340,12 @@ void run(Plan plan, Kernel kernel, void* const* buffers, int64_t threads, const 
     }
     return;
   }
-  const int64_t helpers = std::min(threads, plan.tasks) - 1;
+  const int64_t tasks = plan.tasks;
   const auto call = std::make_shared<Call>(std::move(plan), kernel, buffers, poison);
-  try {
-    for (int64_t i = 0; i < helpers; ++i) schedule([call] { call->work(); });
-  } catch (...) {
-    // Fewer helpers than wanted: slower, that is all. Leaving now would free buffers in use by those that
-    // were scheduled.
-  }
-  call->work();
-  call->wait();
+  share(tasks, threads, schedule, [call]() -> Work {
+    const auto worker = std::make_shared<Worker>(*call);
+    return [call, worker](int64_t task) { worker->run(task); };
+  });
 }
 
 std::shared_ptr<const Code> Registry::get(std::string_view key_view, std::string_view ir,

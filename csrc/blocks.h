@@ -18,6 +18,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "tasks.h"
+
 namespace pk {
 
 using Kernel = void (*)(void* const* pointers, const int64_t* strides);
@@ -69,9 +71,6 @@ struct Plan {
   int64_t bytes;
   int64_t padded_bytes;  // with the copies
 };
-
-// Puts a closure where another thread may run it, at once, later or never.
-using Schedule = std::function<void(std::function<void()>)>;
 
 // Runs all blocks, on the calling thread and on at most `threads` - 1 closures given to `schedule`. `buffers`
 // holds the addresses of the first `plan.buffers` rows. Returns when all blocks are done and nothing touches

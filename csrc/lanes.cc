@@ -1,7 +1,9 @@
-// The XLA custom call "pykernels_lanes", and what Python calls through ctypes (pykernels/kernels/native.py).
+// The XLA custom calls "pykernels_lanes", "pykernels_passes" and "pykernels_buffer", and what Python calls
+// through ctypes (pykernels/kernels/native.py).
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -18,6 +20,7 @@
 #endif
 
 #include "blocks.h"
+#include "passes.h"
 #include "xla/ffi/api/ffi.h"
 
 #ifdef _WIN32
@@ -31,7 +34,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kAbi =
-    1;  // changes with the custom call's attributes and with the exports; native.py knows it too
+    3;  // changes with the custom call's attributes and with the exports; native.py knows it too
 constexpr int64_t kErrorCapacity = 4096;
 
 using Compiler = void* (*)(const char* key, int64_t key_size, const char* ir, int64_t ir_size, char* error,
@@ -137,10 +140,52 @@ void run_lanes(ffi::ThreadPool& pool, std::string_view key, std::string_view ir,
       [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); }, poison.load());
 }
 
-ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir, int64_t width, int64_t lanes,
-                ffi::Span<const int64_t> layout, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+// Holds a strip of the layout against the buffer that XLA brings for it; throws when they differ.
+void check(const pk::PassPlan& plan, size_t index, ffi::AnyBuffer buffer, bool argument) {
+  const pk::Strip& strip = plan.strips[index];
+  const auto count = static_cast<int64_t>(buffer.element_count());
+  const auto item = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  if (argument != (strip.part < pk::Part::kResult) || count != plan.elements(strip) || item != strip.item) {
+    throw std::invalid_argument("pykernels: buffer " + std::to_string(index) + ": " + std::to_string(count) +
+                                " items of " + std::to_string(item) + " bytes are not what the layout has");
+  }
+}
+
+void run_one_pass(ffi::ThreadPool& pool, std::string_view key, std::string_view ir,
+                  std::string_view streaming_key, std::string_view streaming_ir, const pk::PassPlan& plan,
+                  const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results) {
+  if (plan.strips.size() != arguments.size() + results.size()) {
+    throw std::invalid_argument("pykernels: the layout has " + std::to_string(plan.strips.size()) +
+                                " buffers, XLA " + std::to_string(arguments.size() + results.size()));
+  }
+  std::vector<void*> buffers;
+  const auto take = [&](ffi::AnyBuffer buffer, bool argument) {
+    check(plan, buffers.size(), buffer, argument);
+    buffers.push_back(buffer.untyped_data());
+  };
+  for (size_t i = 0; i < arguments.size(); ++i) take(arguments.get<ffi::AnyBuffer>(i).value(), true);
+  for (size_t i = 0; i < results.size(); ++i) take(*results.get<ffi::AnyBuffer>(i).value(), false);
+
+  std::shared_ptr<const pk::Code> plain, streaming;  // held until the call ends
+  const auto address = [](const std::shared_ptr<const pk::Code>& code) {
+    return reinterpret_cast<pk::Kernel>(code == nullptr ? nullptr : code->address);
+  };
+  if (plan.tasks > 0) {
+    if (!streaming_key.empty() && plan.aligned(buffers.data())) {
+      streaming = registry().get(streaming_key, streaming_ir, compile);
+    }
+    if (streaming == nullptr || plan.columns % plan.width != 0) plain = registry().get(key, ir, compile);
+  }
+  pk::run_pass(
+      plan, {address(plain), address(streaming)}, buffers.data(), pool.num_threads(),
+      [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); }, poison.load());
+}
+
+// What XLA is told of what `run` throws.
+template <typename Run>
+ffi::Error reported(std::string_view key, const Run& run) {
   try {
-    run_lanes(pool, key, ir, width, lanes, layout, arguments, results);
+    run();
     return ffi::Error::Success();
   } catch (const std::invalid_argument& error) {
     return ffi::Error::InvalidArgument(error.what());
@@ -152,6 +197,28 @@ ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir,
   } catch (...) {
     return ffi::Error::Internal("pykernels: an unknown error");
   }
+}
+
+ffi::Error call(ffi::ThreadPool pool, std::string_view key, std::string_view ir, int64_t width, int64_t lanes,
+                ffi::Span<const int64_t> layout, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  return reported(key, [&] { run_lanes(pool, key, ir, width, lanes, layout, arguments, results); });
+}
+
+ffi::Error call_pass(ffi::ThreadPool pool, std::string_view key, std::string_view ir,
+                     std::string_view streaming_key, std::string_view streaming_ir, int64_t rows,
+                     int64_t columns, int64_t width, int64_t piece, ffi::Span<const int64_t> layout,
+                     ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  return reported(key, [&] {
+    const pk::PassPlan plan(layout.begin(), layout.size(), rows, columns, width, piece);
+    run_one_pass(pool, key, ir, streaming_key, streaming_ir, plan, arguments, results);
+  });
+}
+
+// Memory as XLA gives it. `number` keeps XLA from taking two of them for one.
+ffi::Error call_buffer(int64_t number, ffi::Result<ffi::AnyBuffer> buffer) {
+  static_cast<void>(number);
+  if (poison.load()) std::memset(buffer->untyped_data(), 0xFF, buffer->size_bytes());
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -168,6 +235,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PkLanes, call,
                                   .Attr<ffi::Span<const int64_t>>("layout")
                                   .RemainingArgs()
                                   .RemainingRets());
+
+PK_EXPORT XLA_FFI_Error* PkPasses(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PkPasses, call_pass,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("key")
+                                  .Attr<std::string_view>("ir")
+                                  .Attr<std::string_view>("streaming_key")
+                                  .Attr<std::string_view>("streaming_ir")
+                                  .Attr<int64_t>("rows")
+                                  .Attr<int64_t>("columns")
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("piece")
+                                  .Attr<ffi::Span<const int64_t>>("layout")
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+PK_EXPORT XLA_FFI_Error* PkBuffer(XLA_FFI_CallFrame* frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PkBuffer, call_buffer,
+                              ffi::Ffi::Bind().Attr<int64_t>("number").Ret<ffi::AnyBuffer>());
 
 PK_EXPORT int64_t pk_abi() { return kAbi; }
 
@@ -186,18 +275,17 @@ PK_EXPORT int64_t pk_retired(char* buffer, int64_t capacity) { return registry()
 
 PK_EXPORT void pk_set_poison(int on) { poison = on != 0; }
 
-// Runs a kernel on threads of its own, without XLA. Returns null, or what is wrong: text that lives until
-// this thread's next call.
-PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const int64_t* layout, int64_t rows,
-                             void* const* buffers, int64_t threads) {
+namespace {
+
+// Runs something that wants threads, on threads of its own. Returns null, or what is wrong: text that lives
+// until this thread's next call.
+template <typename Run>
+const char* on_own_threads(const Run& run) {
   static thread_local std::string error;
   std::vector<std::thread> pool;
   const char* failed = nullptr;
   try {
-    pk::Plan plan(layout, static_cast<size_t>(rows) * pk::kRowNumbers, lanes, width);
-    pk::run(
-        std::move(plan), reinterpret_cast<pk::Kernel>(address), buffers, threads,
-        [&pool](std::function<void()> closure) { pool.emplace_back(std::move(closure)); }, poison.load());
+    run([&pool](std::function<void()> closure) { pool.emplace_back(std::move(closure)); });
   } catch (const std::bad_alloc&) {
     failed = "pykernels: no memory for scratch";
   } catch (const std::exception& caught) {
@@ -206,4 +294,26 @@ PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const 
   }
   for (std::thread& thread : pool) thread.join();
   return failed;
+}
+
+}  // namespace
+
+// Without XLA, for tests and benchmarks.
+PK_EXPORT const char* pk_run(void* address, int64_t lanes, int64_t width, const int64_t* layout, int64_t rows,
+                             void* const* buffers, int64_t threads) {
+  return on_own_threads([&](const pk::Schedule& schedule) {
+    pk::Plan plan(layout, static_cast<size_t>(rows) * pk::kRowNumbers, lanes, width);
+    pk::run(std::move(plan), reinterpret_cast<pk::Kernel>(address), buffers, threads, schedule,
+            poison.load());
+  });
+}
+
+PK_EXPORT const char* pk_run_pass(void* address, int64_t rows, int64_t columns, int64_t width, int64_t piece,
+                                  const int64_t* layout, int64_t strips, void* const* buffers,
+                                  int64_t threads) {
+  return on_own_threads([&](const pk::Schedule& schedule) {
+    const pk::PassPlan plan(layout, static_cast<size_t>(strips) * pk::kRowNumbers, rows, columns, width,
+                            piece);
+    pk::run_pass(plan, {reinterpret_cast<pk::Kernel>(address)}, buffers, threads, schedule, poison.load());
+  });
 }

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pykernels import primitives
+from pykernels import array_plan, primitives
 from pykernels.interpolation import dense_weights, weighted_sum
 from pykernels.kernels import body, xla
 from pykernels.kernels.body import Kernel
@@ -32,8 +32,9 @@ class Adjoint(Protocol):
         """Values' leaves, status, attempts, accepted: differentiable with respect to `inputs`."""
         ...
 
-    def memory(self, solve: Solve) -> int:
-        """Bytes per trajectory that reverse mode keeps between the forward and the backward pass, or during it."""
+    def memory(self, solve: Solve, lanes: int) -> int:
+        """Bytes per trajectory, of so many, that reverse mode keeps between the forward and the backward pass, or during
+        it."""
         ...
 
     def kernels(self, solve: Solve) -> list[Kernel]:
@@ -49,8 +50,8 @@ class ForwardOnly:
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         return primitives.solve(inputs, solve)
 
-    def memory(self, solve: Solve) -> int:
-        del solve
+    def memory(self, solve: Solve, lanes: int) -> int:
+        del solve, lanes
         return 0
 
     def kernels(self, solve: Solve) -> list[Kernel]:
@@ -65,6 +66,7 @@ class Milestones:
     of one segment (default the same). While the solve makes at most `count * scratch` attempts, every attempt is replayed
     once; beyond that every other milestone is dropped and further levels of replay are used, so memory stays bounded and
     each level costs one more forward sweep. The gradient is that of the discrete solution with its step sizes held constant.
+    In the array plan a default is fitted to the size of the state, see `array_plan.default_record`.
 
     Raises ValueError for sizes below 1.
     """
@@ -78,8 +80,10 @@ class Milestones:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"Milestones({name}=) must be a positive int, not {value!r}")
 
-    def record(self, solve: Solve) -> Record:
-        """The storage this adjoint gives a solve."""
+    def record(self, solve: Solve, lanes: int = 1) -> Record:
+        """The storage this adjoint gives a solve of so many trajectories."""
+        if solve.kind == "vmap" and self.count is None and self.scratch is None:
+            return array_plan.default_record(solve, max(lanes, 1))
         return record_for(solve.max_steps, self.count, self.scratch)
 
     def integrate(self, solve: Solve, inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -90,10 +94,13 @@ class Milestones:
             i in y or (isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating))
             for i, x in enumerate(inputs)
         )
-        return _with_milestones(solve, self.record(solve), wrt, *inputs)
+        record = self.record(solve, inputs[solve.first_y].shape[-1])
+        return _with_milestones(solve, record, wrt, *inputs)
 
-    def memory(self, solve: Solve) -> int:
-        record = self.record(solve)
+    def memory(self, solve: Solve, lanes: int) -> int:
+        record = self.record(solve, lanes)
+        if solve.kind == "vmap":
+            return array_plan.memory(solve, record)
         kept = body.forward_buffers(solve, record)[len(solve.field.y_shapes) + 1 :]
         _, scratch = body.backward_buffers(solve, record, [True] * len(solve.lane))
         return sum(math.prod(b.shape) * np.dtype(b.dtype).itemsize for b in (*kept, *scratch))
@@ -129,7 +136,8 @@ class BoundedTree:
             depth += 1
         return depth
 
-    def memory(self, solve: Solve) -> int:
+    def memory(self, solve: Solve, lanes: int) -> int:
+        del lanes
         states = self.branching * self.depth(solve.max_steps)
         return states * (solve.field.elements + 4) * solve.field.dtype.itemsize
 

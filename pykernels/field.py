@@ -36,6 +36,11 @@ class Field:
         """Number of state elements of one trajectory."""
         return sum(int(np.prod(shape)) for shape in self.y_shapes)
 
+    @property
+    def function(self) -> Callable[..., list[jax.Array]]:
+        """The field as the user wrote it: of the jaxpr's inputs, for one trajectory, with its own derivative rules."""
+        return jex.jaxpr_as_fun(self.jaxpr)
+
 
 def _setting(name: str) -> Hashable:
     return getattr(jax.config, name)

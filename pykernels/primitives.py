@@ -1,7 +1,10 @@
-"""The solve primitives: whole solves of an ensemble as single JAX operations. Only this file extends JAX.
+"""The primitives: whole solves of an ensemble, and the passes over a state in memory, as single JAX operations. Only this
+file extends JAX.
 
 `solve` integrates, `pull_back` takes cotangents back through a recorded solve, `solve_tangents` integrates values and
-tangents together. All are batched natively: `jax.vmap` adds lanes. Their meaning is `reference.py`'s.
+tangents together. All are batched natively: `jax.vmap` adds lanes. `rk_stage`, `rk_finish`, `rk_accept`, `milestone_save`
+and `milestone_restore` are the step kernels of the array plan, on states (rows, columns): `jax.vmap` adds rows. What all of
+them mean is in `reference.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +22,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from pykernels.kernels import body, cpu, cuda, pallas, xla
+from pykernels import array_plan, reference
+from pykernels.kernels import body, columns, cpu, cuda, pallas, triton, xla
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.buffers import Buffer
 from pykernels.kernels.launch import Image
+from pykernels.kernels.passes import (
+    INT32,
+    Accept,
+    Combine,
+    Finish,
+    Kind,
+    Matrix,
+    Pass,
+    Restore,
+    Save,
+    shape_of,
+    structs_of,
+)
 from pykernels.kernels.stepper import SUCCESS, Solve
 from pykernels.schedule import Record
 
@@ -71,6 +89,143 @@ def permute(value: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
     """`value[..., places]` for a permutation whose inverse is `back`. Its transposition gathers too, where that of an index
     would be a scatter."""
     return permute_p.bind(value, places, back)
+
+
+def rk_combine(
+    operands: Sequence[jax.Array],
+    h: jax.Array,
+    plain: Sequence[Sequence[float]],
+    scaled: Sequence[Sequence[float]],
+    *,
+    in_place: bool = False,
+    runner: str | None = None,
+) -> list[jax.Array]:
+    """`out[i] = sum_j (plain[i][j] + h scaled[i][j]) operands[j]` in one pass over memory; the matrices are static.
+
+    Operands and results (rows, columns), h (rows,) or a scalar. What has only zeros in its column is not read. Linear in the
+    operands, whose cotangents are one such pass with the matrices transposed, and linear in h. `in_place`: the first result
+    takes the memory of the first operand, if nothing else needs that.
+    """
+    used = [j for j in range(len(operands)) if any(row[j] for row in (*plain, *scaled))] or [0]
+    in_place = in_place and used[0] == 0
+    kept = [operands[j] for j in used]
+    plain, scaled = (
+        tuple(tuple(float(row[j]) for j in used) for row in matrix) for matrix in (plain, scaled)
+    )
+    pass_ = Combine(np.dtype(kept[0].dtype), plain, scaled, in_place, runner=runner)
+    return _bind(rk_combine_p, pass_, [*kept, h])
+
+
+def rk_stage(
+    y: jax.Array | None,
+    slopes: Sequence[jax.Array],
+    h: jax.Array,
+    weights: Sequence[float],
+    error_weights: Sequence[float] | None = None,
+    *,
+    in_place: bool = False,
+    runner: str | None = None,
+) -> Any:
+    """`y + h sum_j weights[j] slopes[j]` in one pass over memory, without y where it is None.
+
+    y and slopes (rows, columns), h (rows,) or a scalar; the weights are Python floats, a slope with weight zero is not read.
+    With `error_weights`, also `h sum_j error_weights[j] slopes[j]` from the same
+    pass, for `rk_finish(error=)`. `in_place`: the result takes the memory of y, if nothing else needs that.
+    """
+    n = len(slopes)
+    if len(weights) != n or (error_weights is not None and len(error_weights) != n):
+        raise ValueError(f"{n} slopes need as many weights")
+    if y is None and n == 0:
+        raise ValueError("neither a state nor a slope")
+    operands, first = ([], 0) if y is None else ([y], 1)
+    scaled = [[0.0] * first + list(w) for w in (weights, error_weights) if w is not None]
+    plain = [[1.0] * first + [0.0] * n, [0.0] * (first + n)][: len(scaled)]
+    in_place = in_place and y is not None
+    outs = rk_combine([*operands, *slopes], h, plain, scaled, in_place=in_place, runner=runner)
+    return outs[0] if error_weights is None else tuple(outs)
+
+
+def rk_finish(
+    y: jax.Array,
+    slopes: Sequence[jax.Array],
+    h: jax.Array,
+    weights: Sequence[float] | None,
+    error_weights: Sequence[float],
+    rtol: float,
+    atol: float,
+    *,
+    new: jax.Array | None = None,
+    error: jax.Array | None = None,
+    milestone: tuple[jax.Array, jax.Array] | None = None,
+    runner: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """The end of an attempt in one pass over memory: the new state and, per row, the sum of squares of its embedded error in
+    units of the tolerance.
+
+    The new state is `y + h sum_j weights[j] slopes[j]`, or `new` where it is known already (an FSAL method evaluates the
+    field there; weights are then None). The error of an element is `(error + h sum_j error_weights[j] slopes[j]) /
+    (atol + rtol max(|y|, |new|))`, `error` being what `rk_stage` has summed before. The sum over columns is NaN or infinite
+    where the error or the new state is not finite; states of several leaves add their sums before dividing by the number of
+    elements. A constant for differentiation.
+
+    With `milestone=(buffer, slot)`, buffer (slots, rows, columns), slot int32, a scalar or (rows,): the same pass writes y,
+    the state the attempt began with, to the row's slot, in place; a slot that there is not (-1) writes nothing.
+
+    Returns (new, sum), and the buffer if there is one.
+    """
+    n = len(slopes)
+    if len(error_weights) != n or (new is None) == (weights is None):
+        raise ValueError("as many error weights as slopes, and either weights or the new state")
+    if weights is not None and len(weights) != n:
+        raise ValueError(f"{n} slopes need as many weights")
+    used = [j for j in range(n) if error_weights[j] or (weights is not None and weights[j])]
+    pass_ = Finish(
+        np.dtype(y.dtype),
+        tuple(float(weights[j]) for j in used) if weights is not None else (),
+        tuple(float(error_weights[j]) for j in used),
+        float(rtol),
+        float(atol),
+        given=new is not None,
+        partial=error is not None,
+        slots=None if milestone is None else milestone[0].shape[0],
+        runner=runner,
+    )
+    given = [x for x in (new, error) if x is not None]
+    outs = _bind(rk_finish_p, pass_, [y, *[slopes[j] for j in used], h, *given, *(milestone or ())])
+    return tuple(outs) if new is None else (new, *outs)
+
+
+def rk_accept(
+    olds: Sequence[jax.Array], news: Sequence[jax.Array], accepted: jax.Array, *, runner: str | None = None
+) -> list[jax.Array]:
+    """`where(accepted, new, old)` by row for states (rows, columns), in one pass and in the old ones' memory: a row that is
+    not accepted costs nothing. `accepted` is (rows,) or a scalar."""
+    if not olds:
+        return []
+    pass_ = Accept(np.dtype(olds[0].dtype), len(olds), runner=runner)
+    return _bind(rk_accept_p, pass_, [*olds, *news, accepted])
+
+
+def milestone_save(
+    buffer: jax.Array, slot: jax.Array, value: jax.Array, *, runner: str | None = None
+) -> jax.Array:
+    """The buffer (slots, rows, columns) with `value` (rows, columns) in its slot, in its memory. The slot is int32, a
+    scalar or (rows,): each row's own; a row whose slot there is not (-1) is not saved."""
+    pass_ = Save(np.dtype(buffer.dtype), buffer.shape[0], runner=runner)
+    return _bind(milestone_save_p, pass_, [buffer, slot, value])[0]
+
+
+def milestone_restore(buffer: jax.Array, slot: jax.Array, *, runner: str | None = None) -> jax.Array:
+    """What is in the buffer's slot, (rows, columns); a row whose slot there is not is zero."""
+    pass_ = Restore(np.dtype(buffer.dtype), buffer.shape[0], runner=runner)
+    return _bind(milestone_restore_p, pass_, [buffer, slot])[0]
+
+
+def uninitialized(shape: Sequence[int], dtype: Any, *, number: int = 0) -> jax.Array:
+    """A buffer of undefined contents, for what is written before it is read. Where a platform can, it costs nothing: no pass
+    over its memory, no page before its first use. Buffers of one shape in one function want different numbers: XLA may take
+    equal ones for the same value, and copies."""
+    return uninitialized_p.bind(shape=tuple(shape), dtype=np.dtype(dtype), number=number)
 
 
 def _lanes(inputs: Sequence[Any], solve: Solve) -> int:
@@ -124,6 +279,25 @@ Run = Callable[[Kernel, Sequence[jax.Array], int], list[jax.Array]]
 
 
 def _run_portable(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    if kernel.solve.kind == "vmap":
+        return array_plan.run(kernel, operands, lanes, _passes(kernel.solve.runner))
+    return _run_loops(kernel, operands, lanes)
+
+
+def _passes(runner: str | None) -> array_plan.Passes:
+    """The step kernels, all by one runner."""
+    return array_plan.Passes(
+        stage=functools.partial(rk_stage, runner=runner),
+        finish=functools.partial(rk_finish, runner=runner),
+        accept=functools.partial(rk_accept, runner=runner),
+        save=functools.partial(milestone_save, runner=runner),
+        restore=functools.partial(milestone_restore, runner=runner),
+        empty=uninitialized,
+    )
+
+
+def _run_loops(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+    """The kernel's body as XLA's loops."""
     if kernel.solve.runner not in (None, "xla"):
         raise ValueError(f"Config(runner={kernel.solve.runner!r}) is not possible on this platform")
     # A recorded solve is lifted as its replay will be: XLA then rounds both alike, which float32 needs (see body.py).
@@ -154,6 +328,8 @@ def _run_on(platform: str) -> Run:
     """The platform's runner for each kernel, and the portable one for what none of them runs."""
 
     def run(kernel: Kernel, operands: Sequence[jax.Array], lanes: int) -> list[jax.Array]:
+        if kernel.solve.kind == "vmap":
+            return _run_portable(kernel, operands, lanes)
         name, reason = runner_of(platform, kernel, lanes)
         if name != "xla":
             return _RUNNERS[platform][name].run(kernel, operands, lanes)
@@ -173,7 +349,8 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
     if asked == "xla":
         return "xla", "asked for by config"
     if kernel.solve.kind == "vmap":
-        return "xla", "the array plan is XLA's"
+        name, reason = _step_kernels_of(platform, kernel.solve, lanes)
+        return name, f"loops are XLA's, their step kernels' runner {name}: {reason}"
     runners = _RUNNERS[platform]
     if asked is not None:
         obstacle = runners[asked].obstacle(kernel, lanes) if asked in runners else f"not on {platform}"
@@ -191,10 +368,19 @@ def runner_of(platform: str, kernel: Kernel, lanes: int) -> tuple[str, str]:
     return "xla", "; ".join(obstacles)
 
 
+def _step_kernels_of(platform: str, solve: Solve, lanes: int) -> tuple[str, str]:
+    """The runner of the array plan's passes over the largest leaf, and why."""
+    columns = max(math.prod(shape) for shape in solve.field.y_shapes)
+    stage = Combine(solve.field.dtype, ((1.0, 0.0),), ((0.0, 1.0),), runner=solve.runner)
+    return pass_runner_of(platform, stage, lanes, columns)
+
+
 def runner_on_cpu(solve: Solve, kernels: Sequence[Kernel], lanes: int) -> tuple[str, str, int]:
     """The runner a CPU takes for these kernels, why, and its lanes per block. No kernels: plain JAX."""
     chosen = [runner_of("cpu", kernel, lanes) for kernel in kernels] or [("xla", "this adjoint is plain JAX")]
     for name, reason in chosen:
+        if solve.kind == "vmap":
+            return name, reason, lanes
         if name == "xla":
             return name, reason, xla.block_size(lanes, xla.wanted_block(solve))
     return "native", "machine code through LLVM", cpu.width(solve, lanes)
@@ -274,7 +460,14 @@ def _inside(inputs: Sequence[jax.Array], solve: Solve) -> jax.Array:
 
 
 def _solve_abstract(*inputs: Any, solve: Solve, record: Record | None) -> list[Any]:
-    return _abstract(_structs(body.forward_buffers(solve, record), _lanes(inputs, solve)), inputs[0])
+    lanes = _lanes(inputs, solve)
+    if solve.kind == "vmap":
+        structs = _structs(body.forward_buffers(solve, None), lanes) + array_plan.record_shapes(
+            solve, record, lanes
+        )
+    else:
+        structs = _structs(body.forward_buffers(solve, record), lanes)
+    return _abstract(structs, inputs[0])
 
 
 def _pull_back(
@@ -338,7 +531,7 @@ def _solve_tangents(
         mine = iter(some)
         results = _solve(
             *[next(mine) if a else x for x, a in zip(inputs, active, strict=True)],
-            solve=portable, record=None, run=_run_portable,
+            solve=portable, record=None, run=_run_loops,
         )  # fmt: skip
         count = len(solve.field.y_shapes)
         return results[:count], results[count:]
@@ -396,19 +589,34 @@ def _batched_lanes(
         for h, d, a in zip(had, dims, [*always, *[True] * (len(operands) - n)], strict=True)
     ]
     merged = [
-        _merge_lanes(x, d, h, size, lanes) if b else x
-        for x, d, h, b in zip(operands, dims, had, becomes, strict=True)
+        _merge_rows(x, d, Kind.SLOTS, size, lanes)
+        if _is_buffer(solve, i - n - 2)
+        else _merge_lanes(x, d, h, size, lanes)
+        if b
+        else x
+        for i, (x, d, h, b) in enumerate(zip(operands, dims, had, becomes, strict=True))
     ]
     return solve.with_lanes(becomes[:n]), merged, size, lanes
+
+
+def _is_buffer(solve: Solve, recorded: int) -> bool:
+    """Whether this one of what a solve has recorded is a buffer of milestones with lanes in the middle."""
+    first = 1 + solve.adaptive
+    return solve.kind == "vmap" and first <= recorded < first + len(solve.field.y_shapes)
 
 
 def _solve_batch(
     operands: Sequence[Any], dims: Sequence[int | None], *, solve: Solve, record: Record | None
 ) -> Any:
-    solve, merged, size, _ = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
+    solve, merged, size, lanes = _batched_lanes(solve, operands, dims, [False] * len(solve.lane))
     results = solve_p.bind(*merged, solve=solve, record=record)
-    split = [_split_lanes(r, size) for r in results]
-    return split, [r.ndim - 2 for r in split]
+    values = len(solve.field.y_shapes) + 1
+    buffers = [_is_buffer(solve, i - values) for i in range(len(results))]
+    split = [
+        _split_rows(r, Kind.SLOTS, size, lanes) if buffer else _split_lanes(r, size)
+        for r, buffer in zip(results, buffers, strict=True)
+    ]
+    return split, [1 if buffer else r.ndim - 2 for r, buffer in zip(split, buffers, strict=True)]
 
 
 def _pull_back_batch(
@@ -618,4 +826,298 @@ ad.primitive_transposes[permute_p] = lambda ct, value, places, back: (
     None if isinstance(ct, ad.Zero) else permute_p.bind(ct, back, places),
     None,
     None,
+)
+
+
+# The step kernels. Every pass is lowered, batched and typed in one way, by what its buffers are.
+
+
+def _bind(primitive: jex.Primitive, pass_: Pass, operands: Sequence[Any]) -> list[jax.Array]:
+    """A pass on operands as its primitive takes them: a scalar stays one only where it is a slot, which XLA likes better."""
+    rows, columns = shape_of(pass_, operands)
+    values = []
+    for buffer, operand in zip(pass_.operands, operands, strict=True):
+        value = jnp.asarray(operand, buffer.dtype)
+        if buffer.kind == Kind.ROW and buffer.dtype != INT32 and value.ndim == 0:
+            value = jnp.broadcast_to(value, (rows,))
+        expected = buffer.shape(rows, columns)
+        if value.shape != expected and not (buffer.dtype == INT32 and value.ndim == 0):
+            raise ValueError(
+                f"{primitive.name}: an operand of shape {value.shape} where {expected} is needed"
+            )
+        values.append(value)
+    return primitive.bind(*vary_together(values), pass_=pass_)
+
+
+class _PassRunner(NamedTuple):
+    """A platform's runner of passes: its name, why it does not run a pass of so many rows and columns (or None), whether
+    that is worth it, how it does."""
+
+    name: str
+    obstacle: Callable[[Pass, int, int], str | None]
+    worthwhile: Callable[[Pass, int, int], bool]
+    run: Callable[[Pass, Sequence[jax.Array]], list[jax.Array]]
+
+
+_PASS_RUNNERS: dict[str, _PassRunner] = {
+    "cpu": _PassRunner("native", columns.obstacle, columns.worthwhile, columns.run),
+    "cuda": _PassRunner("triton", triton.obstacle, triton.worthwhile, triton.run),
+}
+
+
+def pass_runner_of(platform: str, pass_: Pass, rows: int, columns: int) -> tuple[str, str]:
+    """The name of the runner that a pass gets on a platform, "xla" for plain JAX, and why."""
+    runner, asked = _PASS_RUNNERS.get(platform), pass_.runner
+    if asked == "xla":
+        return "xla", "asked for by config"
+    if runner is None or asked not in (None, runner.name):
+        obstacle: str | None = f"no step kernels on {platform}" if asked is None else f"not on {platform}"
+    else:
+        obstacle = runner.obstacle(pass_, rows, columns)
+    if runner is None or obstacle is not None:
+        return "xla", str(obstacle)
+    if asked is None and not runner.worthwhile(pass_, rows, columns):
+        return "xla", "the state is small, or its rows are"
+    return runner.name, "the default" if asked is None else "asked for by config"
+
+
+def _run_pass(platform: str) -> Callable[..., list[jax.Array]]:
+    def run(*operands: jax.Array, pass_: Pass) -> list[jax.Array]:
+        name, reason = pass_runner_of(platform, pass_, *shape_of(pass_, operands))
+        if name != "xla":
+            return _PASS_RUNNERS[platform].run(pass_, operands)
+        if pass_.runner not in (None, "xla"):
+            raise ValueError(f"Config(runner={pass_.runner!r}) is not possible: {reason}")
+        return reference.run_pass(pass_, operands)
+
+    return run
+
+
+def _pass_abstract(*operands: Any, pass_: Pass) -> list[Any]:
+    return _abstract(structs_of(pass_.results, *shape_of(pass_, operands)), operands[0])
+
+
+def _merge_rows(value: Any, dim: int | None, kind: Kind, size: int, rows: int) -> Any:
+    """A batched operand with the batch's rows behind each other."""
+    if kind == Kind.SLOTS:
+        value = value[:, None] if dim is None else jnp.moveaxis(value, dim, 1)
+        value = jnp.broadcast_to(value, (value.shape[0], size, *value.shape[2:]))
+        return value.reshape(value.shape[0], -1, value.shape[-1])
+    if kind == Kind.STATE:
+        value = value[None] if dim is None else jnp.moveaxis(value, dim, 0)
+        return jnp.broadcast_to(value, (size, *value.shape[1:])).reshape(-1, value.shape[-1])
+    if dim is None and value.ndim == 0:  # a slot for all
+        return value
+    value = value if dim is None else jnp.moveaxis(value, dim, 0)
+    scalars = value.ndim == (0 if dim is None else 1)
+    value = value[..., None] if scalars else value
+    return jnp.broadcast_to(value, (size, rows)).reshape(-1)
+
+
+def _split_rows(value: Any, kind: Kind, size: int, rows: int) -> Any:
+    if kind == Kind.SLOTS:
+        return value.reshape(value.shape[0], size, rows, *value.shape[2:])
+    return value.reshape(size, rows, *value.shape[1:])
+
+
+def _batch_pass(primitive: jex.Primitive) -> Callable[..., Any]:
+    def rule(operands: Sequence[Any], dims: Sequence[int | None], *, pass_: Pass) -> Any:
+        size, one = (
+            _batch_size(operands, dims),
+            [
+                jax.ShapeDtypeStruct(x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :]), x.dtype)
+                for x, d in zip(operands, dims, strict=True)
+            ],
+        )
+        rows, _ = shape_of(pass_, one)
+        merged = [
+            _merge_rows(x, d, buffer.kind, size, rows)
+            for x, d, buffer in zip(operands, dims, pass_.operands, strict=True)
+        ]
+        results = primitive.bind(*merged, pass_=pass_)
+        kinds = [buffer.kind for buffer in pass_.results]
+        split = [_split_rows(r, kind, size, rows) for r, kind in zip(results, kinds, strict=True)]
+        return split, [1 if kind == Kind.SLOTS else 0 for kind in kinds]
+
+    return rule
+
+
+def _define_pass(name: str) -> jex.Primitive:
+    primitive = jex.Primitive(name)
+    primitive.multiple_results = True
+
+    def eagerly(*operands: jax.Array, pass_: Pass) -> list[jax.Array]:
+        return primitive.bind(*operands, pass_=pass_)
+
+    primitive.def_impl(jax.jit(eagerly, static_argnames="pass_"))
+    primitive.def_abstract_eval(_pass_abstract)
+    mlir.register_lowering(primitive, _lower(_run_pass("any other")))
+    for platform in _PASS_RUNNERS:
+        mlir.register_lowering(primitive, _lower(_run_pass(platform)), platform=platform)
+    batching.primitive_batchers[primitive] = _batch_pass(primitive)
+    return primitive
+
+
+rk_combine_p = _define_pass("pykernels_rk_combine")
+rk_finish_p = _define_pass("pykernels_rk_finish")
+rk_accept_p = _define_pass("pykernels_rk_accept")
+milestone_save_p = _define_pass("pykernels_milestone_save")
+milestone_restore_p = _define_pass("pykernels_milestone_restore")
+
+
+def _transposed(matrix: Matrix) -> Matrix:
+    return tuple(zip(*matrix, strict=True))
+
+
+def _none(tangent: Any) -> bool:
+    return isinstance(tangent, ad.Zero)
+
+
+def _sum_tangents(a: Sequence[Any] | None, b: Sequence[Any] | None) -> Sequence[Any] | None:
+    return a if b is None else b if a is None else [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _combine_tangents(
+    combine: Combine, xs: Sequence[Any], h: Any, dxs: Sequence[Any], dh: Any
+) -> Sequence[Any] | None:
+    """Tangents of a combination, None where they are all zero."""
+    keep = [j for j, dx in enumerate(dxs) if not _none(dx)]
+    by_x = by_h = None
+    if keep:
+        plain, scaled = ([[row[j] for j in keep] for row in m] for m in (combine.plain, combine.scaled))
+        by_x = rk_combine([dxs[j] for j in keep], h, plain, scaled, runner=combine.runner)
+    if not _none(dh):
+        none = [[0.0] * combine.count for _ in combine.plain]
+        by_h = rk_combine(xs, dh, none, combine.scaled, runner=combine.runner)
+    return _sum_tangents(by_x, by_h)
+
+
+def _zeros(values: Sequence[Any]) -> list[Any]:
+    return [ad.Zero(jax.typeof(v).to_tangent_aval()) for v in values]
+
+
+def _combine_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, pass_: Combine) -> Any:
+    outs = rk_combine_p.bind(*primals, pass_=pass_)
+    (*xs, h), (*dxs, dh) = primals, tangents
+    given = _combine_tangents(pass_, xs, h, dxs, dh)
+    return outs, _zeros(outs) if given is None else given
+
+
+def _combine_transpose(cotangents: Sequence[Any], *operands: Any, pass_: Combine) -> list[Any]:
+    *xs, h = operands
+    keep = [i for i, ct in enumerate(cotangents) if not _none(ct)]
+    cts = [cotangents[i] for i in keep]
+    if not keep:
+        return [None] * len(operands)
+    plain, scaled = (tuple(m[i] for i in keep) for m in (pass_.plain, pass_.scaled))
+    if ad.is_undefined_primal(h):
+        slopes = rk_combine(xs, jnp.ones((), pass_.dtype), [[0.0] * len(xs)] * len(keep), scaled)
+        return [None] * len(xs) + [sum(jnp.sum(ct * k, axis=1) for ct, k in zip(cts, slopes, strict=True))]
+    outs = rk_combine(cts, h, _transposed(plain), _transposed(scaled), runner=pass_.runner)
+    return [*outs, None]
+
+
+ad.primitive_jvps[rk_combine_p] = _combine_jvp
+ad.primitive_transposes[rk_combine_p] = _combine_transpose
+
+
+def _finish_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, pass_: Finish) -> Any:
+    outs = rk_finish_p.bind(*primals, pass_=pass_)
+    y, slopes, h, _, _, milestone = pass_.parts(primals)
+    dy, dslopes, dh, _, _, dmilestone = pass_.parts(tangents)
+    given = _zeros(outs)
+    if not pass_.given:
+        weights = pass_.weights
+        combine = Combine(
+            pass_.dtype, ((1.0, *[0.0] * len(weights)),), ((0.0, *weights),), runner=pass_.runner
+        )
+        new = _combine_tangents(combine, [y, *slopes], h, [dy, *dslopes], dh)
+        given[0] = given[0] if new is None else new[0]
+    if milestone and not (_none(dmilestone[0]) and _none(dy)):
+        buffer, value = ad.instantiate_zeros(dmilestone[0]), ad.instantiate_zeros(dy)
+        given[-1] = milestone_save(buffer, milestone[1], value, runner=pass_.runner)
+    return outs, given
+
+
+ad.primitive_jvps[rk_finish_p] = _finish_jvp
+
+
+def _accept_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, pass_: Accept) -> Any:
+    outs = rk_accept_p.bind(*primals, pass_=pass_)
+    if all(_none(t) for t in tangents[:-1]):
+        return outs, _zeros(outs)
+    given = [ad.instantiate_zeros(t) for t in tangents[:-1]]
+    return outs, rk_accept_p.bind(*given, primals[-1], pass_=pass_)
+
+
+def _accept_transpose(cotangents: Sequence[Any], *operands: Any, pass_: Accept) -> list[Any]:
+    accepted = operands[-1][:, None]
+    cts = [ad.instantiate_zeros(ct) for ct in cotangents]
+    olds = [jnp.where(accepted, 0, ct) for ct in cts]
+    return [*olds, *[jnp.where(accepted, ct, 0) for ct in cts], None]
+
+
+ad.primitive_jvps[rk_accept_p] = _accept_jvp
+ad.primitive_transposes[rk_accept_p] = _accept_transpose
+
+
+def _save_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, pass_: Save) -> Any:
+    outs = milestone_save_p.bind(*primals, pass_=pass_)
+    buffer, _, value = tangents
+    if _none(buffer) and _none(value):
+        return outs, _zeros(outs)
+    given = [ad.instantiate_zeros(buffer), primals[1], ad.instantiate_zeros(value)]
+    return outs, milestone_save_p.bind(*given, pass_=pass_)
+
+
+def _save_transpose(cotangents: Sequence[Any], *operands: Any, pass_: Save) -> list[Any]:
+    (ct,), (_, slot, value) = cotangents, operands
+    if _none(ct):
+        return [None, None, None]
+    shape = value.aval.shape if ad.is_undefined_primal(value) else value.shape
+    saved = milestone_restore(ct, slot, runner=pass_.runner)
+    return [milestone_save(ct, slot, jnp.zeros(shape, pass_.dtype), runner=pass_.runner), None, saved]
+
+
+ad.primitive_jvps[milestone_save_p] = _save_jvp
+ad.primitive_transposes[milestone_save_p] = _save_transpose
+
+
+def _restore_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, pass_: Restore) -> Any:
+    outs = milestone_restore_p.bind(*primals, pass_=pass_)
+    if _none(tangents[0]):
+        return outs, _zeros(outs)
+    return outs, milestone_restore_p.bind(tangents[0], primals[1], pass_=pass_)
+
+
+def _restore_transpose(cotangents: Sequence[Any], buffer: Any, slot: Any, *, pass_: Restore) -> list[Any]:
+    (ct,) = cotangents
+    if _none(ct):
+        return [None, None]
+    zeros = jnp.zeros(buffer.aval.shape, pass_.dtype)
+    return [milestone_save(zeros, slot, ct, runner=pass_.runner), None]
+
+
+ad.primitive_jvps[milestone_restore_p] = _restore_jvp
+ad.primitive_transposes[milestone_restore_p] = _restore_transpose
+
+
+def _uninitialized(*, shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.Array:
+    return jax.lax.empty(shape, dtype)
+
+
+def _uninitialized_on_cpu(*, shape: tuple[int, ...], dtype: np.dtype, number: int) -> jax.Array:
+    if cpu.unavailable() is not None:
+        return _uninitialized(shape=shape, dtype=dtype, number=number)
+    return columns.uninitialized(shape, dtype, number)
+
+
+uninitialized_p = jex.Primitive("pykernels_uninitialized")
+uninitialized_p.def_impl(
+    jax.jit(lambda **statics: uninitialized_p.bind(**statics), static_argnames=("shape", "dtype", "number"))
+)
+uninitialized_p.def_abstract_eval(lambda *, shape, dtype, number: jax.core.ShapedArray(shape, dtype))
+mlir.register_lowering(uninitialized_p, mlir.lower_fun(_uninitialized, multiple_results=False))
+mlir.register_lowering(
+    uninitialized_p, mlir.lower_fun(_uninitialized_on_cpu, multiple_results=False), platform="cpu"
 )

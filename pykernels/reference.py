@@ -1,7 +1,9 @@
-"""The plain meaning of the solve primitives: one trajectory, one step at a time, every step remembered.
+"""The plain meaning of the primitives: of solves, one trajectory, one step at a time, every step remembered; of the step
+kernels, by `run_pass`.
 
 This is the specification of `primitives.solve` and, differentiated by JAX itself, of `primitives.pull_back`: slow, short and
-independent of lanes, milestones and kernels. Tests compare everything else with it.
+independent of lanes, milestones and kernels. Tests compare everything else with it. Where no kernel runs, the meaning of a
+step kernel is also what runs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
+from pykernels.kernels.passes import Accept, Combine, Finish, Pass, Restore, Save, is_inside
 from pykernels.kernels.stepper import MAX_STEPS, NON_FINITE, STEP_TOO_SMALL, SUCCESS, Solve
 from pykernels.stepsize import Adaptive
 
@@ -206,3 +209,52 @@ def _interpolate(
     inside = _combine(step.y, h, weights, k)
     before = [a + (date - t0) * b for a, b in zip(y0, f(t0, y0), strict=True)]
     return [jnp.where(found, a, b) for a, b in zip(inside, before, strict=True)]
+
+
+def run_pass(pass_: Pass, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a step kernel returns: operands and results as the pass lists them, states (rows, columns)."""
+    match pass_:
+        case Combine():
+            return pass_.combined(operands[:-1], operands[-1][:, None])
+        case Finish():
+            return _finish(pass_, operands)
+        case Accept():
+            *states, accepted = operands
+            old, new = states[: pass_.count], states[pass_.count :]
+            return [jnp.where(accepted[:, None], b, a) for a, b in zip(old, new, strict=True)]
+        case Save():
+            return [_save(*operands)]
+        case Restore():
+            return [_restore(*operands)]
+    raise TypeError(f"no pass: {pass_!r}")
+
+
+def _finish(finish: Finish, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    y, slopes, h, given, error, milestone = finish.parts(operands)
+    h = h[:, None]
+    new = finish.new_state(y, slopes, h) if given is None else given
+    total = jnp.sum(finish.square(y, new, slopes, h, error), axis=1)
+    saved = [_save(milestone[0], milestone[1], y)] if milestone else []
+    return [*([] if finish.given else [new]), total, *saved]
+
+
+def _save(buffer: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    inside = is_inside(slot, buffer.shape[0])
+    if buffer.size == 0:
+        return buffer
+    if slot.ndim == 0:  # XLA replaces a slice in place
+        kept = lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
+        return lax.dynamic_update_index_in_dim(buffer, jnp.where(inside, value, kept), slot, 0)
+    nowhere = buffer.shape[0]
+    places = jnp.where(inside, slot, nowhere)
+    return buffer.at[places, jnp.arange(slot.shape[0])].set(value, mode="drop", unique_indices=True)
+
+
+def _restore(buffer: jax.Array, slot: jax.Array) -> jax.Array:
+    inside = is_inside(slot, buffer.shape[0])
+    if buffer.size == 0:
+        return jnp.zeros(buffer.shape[1:], buffer.dtype)
+    if slot.ndim == 0:
+        return jnp.where(inside, lax.dynamic_index_in_dim(buffer, slot, keepdims=False), 0)
+    found = buffer.at[slot, jnp.arange(slot.shape[0])].get(mode="clip")
+    return jnp.where(inside[:, None], found, 0)

@@ -32,6 +32,10 @@ FieldFunction = Callable[..., PyTree]
 # Measured with `bench/lifts.py`.
 COMPONENT_OPERATIONS = 24
 COMPONENT_ELEMENTS = 8
+# Above either of these a solve takes the array plan: its state, or the field's products, are then too much for one kernel,
+# and whole solves run as XLA's loops on blocks of trajectories, whose gradients take longer. Measured with `bench/plans.py`.
+LANES_OPERATIONS = 4096
+LANES_ELEMENTS = 256
 
 
 class Status(IntEnum):
@@ -104,9 +108,10 @@ class Solution:
 class Config:
     """Overrides of what is otherwise chosen by measured rules; None: choose.
 
-    `plan`: "lanes" fuses the whole solve of a block of trajectories, "array" evaluates the field as written.
-    `runner`: "native" is machine code through LLVM, on CPUs and NVIDIA GPUs, "pallas" a Pallas kernel, on NVIDIA GPUs (where
-    one of them is not possible an error says why), "xla" the portable one.
+    `plan`: "lanes" fuses the whole solve of a block of trajectories, "array" evaluates the field as written, one step at a
+    time, and fuses the rest of a step. `runner`: "native" is machine code through LLVM, on CPUs and, in the lanes plan, on
+    NVIDIA GPUs, where "pallas" is a Pallas kernel for the lanes plan and "triton" runs the array plan's passes (where one of
+    them is not possible an error says why); "xla" is the portable one.
     `lift`: "components" or "arrays", how the portable runner lifts the field. `block`: trajectories per block; on CPUs
     the native runner takes the next power of two, up to 64, on GPUs whole warps of 32, up to 1,024.
     """
@@ -114,17 +119,25 @@ class Config:
     plan: Literal["lanes", "array"] | None = None
     lift: Literal["components", "arrays"] | None = None
     block: int | None = None
-    runner: Literal["native", "pallas", "xla"] | None = None
+    runner: Literal["native", "pallas", "triton", "xla"] | None = None
 
     def __post_init__(self) -> None:
         if self.plan not in (None, "lanes", "array"):
             raise ValueError(f"Config(plan=) must be 'lanes' or 'array', not {self.plan!r}")
         if self.lift not in (None, "components", "arrays"):
             raise ValueError(f"Config(lift=) must be 'components' or 'arrays', not {self.lift!r}")
-        if self.runner not in (None, "native", "pallas", "xla"):
-            raise ValueError(f"Config(runner=) must be 'native', 'pallas' or 'xla', not {self.runner!r}")
-        if self.runner in ("native", "pallas") and (self.lift is not None or self.plan == "array"):
-            raise ValueError(f"Config(runner={self.runner!r}) has its own lift, and runs the lanes plan only")
+        if self.runner not in (None, "native", "pallas", "triton", "xla"):
+            raise ValueError(
+                f"Config(runner=) must be 'native', 'pallas', 'triton' or 'xla', not {self.runner!r}"
+            )
+        if self.runner in ("native", "pallas") and self.lift is not None:
+            raise ValueError(f"Config(runner={self.runner!r}) has its own lift")
+        if (self.runner, self.plan) in (("pallas", "array"), ("triton", "lanes")):
+            raise ValueError(f"Config(runner={self.runner!r}) does not run the {self.plan} plan")
+        if self.plan == "array" and self.lift is not None:
+            raise ValueError(
+                "Config(lift=) is for the lanes plan: the array plan evaluates the field as written"
+            )
         if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
             raise ValueError(f"Config(block=) must be a positive int, not {self.block!r}")
 
@@ -155,10 +168,12 @@ class Explanation:
         return "\n".join([self._on_cpu(), *lines])
 
     def _on_cpu(self) -> str:
+        lift, blocks = f" ({self.lift} lift)", f"blocks of {self.block} of {self.lanes} trajectories"
+        if self.plan == "array":
+            lift, blocks = "", f"{self.lanes} trajectories together"
         return (
-            f"plan {self.plan} ({self.lift} lift): {self.reason}\n"
-            f"runner {self.runner} ({self.runner_reason}), blocks of {self.block} of {self.lanes} trajectories, "
-            f"{self.operations} operations per field evaluation\n"
+            f"plan {self.plan}{lift}: {self.reason}\n"
+            f"runner {self.runner} ({self.runner_reason}), {blocks}, {self.operations} operations per field evaluation\n"
             f"reverse mode keeps {self.milestone_bytes_per_trajectory} bytes per trajectory"
         )
 
@@ -269,7 +284,7 @@ def explain(
         block=block,
         lanes=problem.lanes,
         operations=lanes.operation_count(spec.field.jaxpr),
-        milestone_bytes_per_trajectory=adjoint.memory(spec),
+        milestone_bytes_per_trajectory=adjoint.memory(spec, problem.lanes),
         target=target,
         gpu=gpu,
         gpu_reason=gpu_reason,
@@ -469,15 +484,21 @@ def _save_times(
 
 
 def _plan(field: Field, lane: Sequence[bool], config: Config) -> tuple[str, str]:
-    """The lift and why: rules measured with `bench/lifts.py`."""
+    """The lift ("vmap": the array plan) and why: rules measured with `bench/plans.py` and `bench/lifts.py`."""
     lane = (True, *lane)  # the time
-    obstacle = lanes.unsupported(field.jaxpr, lane)
-    if config.plan == "array":
+    wants_lanes = config.plan == "lanes" or config.lift is not None or config.runner == "pallas"
+    if config.plan == "array" or config.runner == "triton":
         return "vmap", "asked for by config"
+    obstacle = lanes.unsupported(field.jaxpr, lane)
     if obstacle is not None:
-        if config.plan == "lanes" or config.lift is not None:
+        if wants_lanes:
             raise ValueError(f"the lanes plan does not apply: {obstacle}")
         return "vmap", f"the field is outside the lanes plan: {obstacle}"
+    operations = lanes.operation_count(field.jaxpr)
+    if not wants_lanes and field.elements > LANES_ELEMENTS:
+        return "vmap", f"{field.elements} state elements are more than the lanes plan's {LANES_ELEMENTS}"
+    if not wants_lanes and operations > LANES_OPERATIONS:
+        return "vmap", f"{operations} operations are more than the lanes plan's {LANES_OPERATIONS}"
     inner = lanes.component_obstacle(field.jaxpr, lane)
     if config.lift == "components" and inner is not None:
         raise ValueError(f"the components lift does not apply: {inner}")
@@ -485,7 +506,6 @@ def _plan(field: Field, lane: Sequence[bool], config: Config) -> tuple[str, str]
         return config.lift, "asked for by config"
     if inner is not None:
         return "arrays", f"components are not possible: {inner}"
-    operations = lanes.operation_count(field.jaxpr)
     if operations > COMPONENT_OPERATIONS or field.elements > COMPONENT_ELEMENTS:
         return (
             "arrays",

@@ -366,8 +366,8 @@ def test_executed_blocks_of_several_warps(on_ptx: Any, runner: str, problem: Any
 
 
 def check_on_ptx(on_ptx: Any, loss: Any, runner: str, dtype: Any, *args: Any) -> Any:
-    """Value, gradient and auxiliary results of loss(config, *args) from PTX against the portable runner's. Returns the report
-    of the launches."""
+    """Value, gradient and auxiliary results of loss(config, *args) from PTX against the portable runner's. Returns the
+    launches' report."""
 
     def program(config: Any) -> Any:
         return jax.jit(jax.value_and_grad(functools.partial(loss, config), (0, 1), has_aux=True))

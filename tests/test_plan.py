@@ -315,7 +315,7 @@ def test_explain_integrates_nothing():
         ({"block": -3}, "block"),
         ({"runner": "gpu"}, "runner"),
         ({"runner": "native", "lift": "arrays"}, "own lift"),
-        ({"runner": "native", "plan": "array"}, "lanes plan only"),
+        ({"runner": "pallas", "plan": "array"}, "does not run the array plan"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -49,7 +49,7 @@ class Argument:
     """One buffer of a kernel: its shape without lanes, its dtype, whether it has lanes. `constant`: never written. `spread`,
     where a lane is a thread: without lanes in the body, in memory sums over the threads of a warp, `warps_of(lanes)` of
     them; its stride is the number of lanes. `private`, likewise: a thread has its own on its stack, and the kernel's caller
-    knows nothing of it."""
+    knows nothing of it. `streaming`: lanes go past the caches, to places of whole vectors."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -57,9 +57,11 @@ class Argument:
     constant: bool = False
     spread: bool = False
     private: bool = False
+    streaming: bool = False
 
 
 WARP = 32
+CACHE_LINE = 64
 
 
 def warps_of(lanes: int) -> int:
@@ -611,12 +613,18 @@ class Writer:
             cell = self.result(f"trunc {kind} {cell.text} to {self.type(dtype, wide)}", wide)
         return cell
 
-    def store(self, pointer: str, cell: Cell, dtype: np.dtype, wide: bool) -> None:
+    def store(
+        self, pointer: str, cell: Cell, dtype: np.dtype, wide: bool, *, streaming: bool = False
+    ) -> None:
         """Write a cell to an address."""
         text, kind = self.text(cell, dtype, wide), self._vector(self._stored(dtype), wide)
         if dtype == BOOL:
             text = self.result(f"zext {self.type(dtype, wide)} {text} to {kind}", wide).text
-        self.line(f"store {kind} {text}, ptr {pointer}, align {dtype.itemsize}")
+        align, note = dtype.itemsize, ""
+        if streaming and wide:
+            self._declared.setdefault("!1", "!1 = !{i32 1}")
+            align, note = min(self.target.width * dtype.itemsize, CACHE_LINE), ", !nontemporal !1"
+        self.line(f"store {kind} {text}, ptr {pointer}, align {align}{note}")
 
     def allocate(self, count: int, dtype: np.dtype, wide: bool) -> str:
         """Room for an array of cells on the stack."""

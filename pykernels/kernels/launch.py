@@ -7,7 +7,7 @@ The call takes PTX and makes machine code of it for one compute capability. Its 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -79,10 +79,16 @@ def launch(
     results: Sequence[jax.ShapeDtypeStruct],
     blocks: int,
     scalars: Sequence[int],
+    in_place: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
-    """The call in a program lowered for CUDA: the image over so many blocks; its arrays are operands, then results."""
+    """The call in a program lowered for CUDA: the image over so many blocks; its arrays are operands, then results.
+    `in_place`: operands whose memory is a result's, operand number to result number."""
     message = encode(image, blocks, len(operands) + len(results), scalars)
     call = jax.ffi.ffi_call(  # type: ignore[call-overload]  # the configuration is bytes
-        CALL, list(results), custom_call_api_version=2, legacy_backend_config=message
+        CALL,
+        list(results),
+        custom_call_api_version=2,
+        legacy_backend_config=message,
+        input_output_aliases=dict(in_place or {}),
     )
     return call(*operands)

@@ -335,7 +335,7 @@ def _swap(e: Emitter, eqn: JaxprEqn, ref: Ref, value: Array, *index: Any) -> Arr
     for offset, cell in zip(offsets, np.broadcast_to(value, shape).reshape(-1), strict=True):
         pointer = write.address(ref, dynamic, offset)
         old.append(Cell() if unused else write.load(ref, pointer, lanes))
-        write.store(pointer, cell, dtype, lanes)
+        write.store(pointer, cell, dtype, lanes, streaming=ref.argument.streaming)
     return _array(old, shape)
 
 

@@ -1,4 +1,5 @@
-"""The native library: the XLA custom call that runs a compiled kernel over all blocks of an ensemble, on XLA's own threads.
+"""The native library: the XLA custom calls that run a compiled kernel over all blocks of an ensemble, or over a state in
+memory, on XLA's own threads.
 
 `csrc/` holds its source and its rules. Where it was not built (no C++ compiler at installation), `load` returns None and
 `reason` says why. Compiling kernels is not its business: it asks the function given to `set_compiler`.
@@ -19,7 +20,9 @@ from typing import NamedTuple
 import jax
 
 TARGET = "pykernels_lanes"
-ABI = 1  # what this module expects of `pk_abi` in csrc/lanes.cc
+PASS_TARGET = "pykernels_passes"
+BUFFER_TARGET = "pykernels_buffer"
+ABI = 3  # what this module expects of `pk_abi` in csrc/lanes.cc
 
 # Compiles the IR of a kernel, called with its key: returns the address of its function, valid until `retired` names the key;
 # or raises, which becomes an XLA error. Called from XLA's threads, for several keys at once.
@@ -48,6 +51,30 @@ class Row(NamedTuple):
     elements: int  # per lane, or in all where there are no lanes
     item: int  # bytes
     dtype: int = 0  # from SUM_DTYPES for a sum
+
+
+class Part(enum.IntEnum):
+    """What a buffer of a step kernel is to it (see csrc/passes.h)."""
+
+    STATE = 0  # an operand (rows, columns); columns missing in the last vector are zero
+    REPEATED = 1  # the same; missing columns repeat the last one
+    ROW = 2  # an operand (rows,)
+    SLOTS = 3  # an operand (slots, rows, columns), of which a row's slot is read
+    REPLACED = 4  # an operand whose memory is a result's
+    RESULT = 5  # a result (rows, columns)
+    SLOTS_RESULT = 6  # a result (slots, rows, columns), of which a row's slot is written
+    SUM = 7  # a result (rows,): the sum of what the pieces store
+
+
+class Strip(NamedTuple):
+    """A buffer in a step kernel's layout: operands first, then results."""
+
+    part: Part
+    item: int  # bytes
+    slots: int = 0  # of a buffer with slots
+    extra: int = (
+        0  # the operand that holds the slots; a sum's dtype code; whether a RESULT is in an operand's place
+    )
 
 
 _COMPILE = ctypes.CFUNCTYPE(
@@ -91,8 +118,21 @@ class Library:
             ctypes.c_int64,
         ]
         library.pk_run.restype = ctypes.c_char_p
+        library.pk_run_pass.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 4,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_int64,
+            ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_int64,
+        ]
+        library.pk_run_pass.restype = ctypes.c_char_p
         self._library = library
-        self._handler = library.PkLanes
+        self._handlers = {
+            TARGET: library.PkLanes,
+            PASS_TARGET: library.PkPasses,
+            BUFFER_TARGET: library.PkBuffer,
+        }
         self._registered = False
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
@@ -110,10 +150,11 @@ class Library:
         return self._library.pk_xla_major(), self._library.pk_xla_minor()
 
     def register(self) -> None:
-        """Make the custom call `TARGET` known to XLA, once."""
+        """Make the custom calls known to XLA, once."""
         with self._lock:
             if not self._registered:
-                jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(self._handler), platform="cpu")
+                for name, handler in self._handlers.items():
+                    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
                 self._registered = True
 
     def set_compiler(self, compiler: Compiler | None) -> Compiler | None:
@@ -170,6 +211,36 @@ class Library:
             address,
             lanes,
             width,
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            len(layout),
+            (ctypes.c_void_p * len(buffers))(*buffers),
+            threads,
+        )
+        if error is not None:
+            raise ValueError(error.decode())
+
+    def run_pass(
+        self,
+        address: int,
+        shape: tuple[int, int],
+        width: int,
+        piece: int,
+        layout: Sequence[Strip],
+        buffers: Sequence[int],
+        threads: int,
+    ) -> None:
+        """Run a step kernel on a state of that shape without XLA, on up to `threads` threads: for tests and benchmarks.
+
+        `buffers` are the addresses of the C-contiguous arrays of all strips. Raises ValueError for a bad layout.
+        """
+        if len(buffers) != len(layout):
+            raise ValueError(f"{len(buffers)} buffers for a layout of {len(layout)} strips")
+        numbers = [int(number) for strip in layout for number in strip]
+        error = self._library.pk_run_pass(
+            address,
+            *shape,
+            width,
+            piece,
             (ctypes.c_int64 * len(numbers))(*numbers),
             len(layout),
             (ctypes.c_void_p * len(buffers))(*buffers),

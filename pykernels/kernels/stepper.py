@@ -111,6 +111,17 @@ class Taken(NamedTuple):
     slope: Float[Array, " lanes"]  # d(next h) / d(this h)
 
 
+class Verdict(NamedTuple):
+    """What became of an adaptive attempt."""
+
+    live: Bool[Array, " lanes"]
+    accepted: Bool[Array, " lanes"]
+    end: Float[Array, " lanes"]  # where it would end
+    factor: Float[Array, " lanes"]  # by which the next size differs
+    free: Float[Array, " lanes"]  # the next size
+    proposed: Float[Array, " lanes"]  # and under `dtmax`
+
+
 def any_lane(mask: Bool[Array, " lanes"]) -> Bool[Array, ""]:
     """Whether any lane of the block is set (a max of integers: the one reduction every runner has)."""
     return jnp.max(mask.astype(jnp.int32)) > 0
@@ -370,15 +381,16 @@ class Stepper:
         """Start of fixed step number i."""
         return self.t0 + i.astype(self.t0.dtype) * self.h
 
-    def _fixed(self, state: State, i: Int32[Array, ""]) -> tuple[State, Taken]:
+    def fixed_size(self, i: Int32[Array, ""]) -> tuple[Array, Array, Array, Array]:
+        """Fixed step number i: its start, its size, which lanes make it, and for which it is the last."""
         t = self.time(i)
         if self.steps is None:
-            live = jnp.ones(t.shape, bool)
-            last = jnp.full(t.shape, i + 1 == self.solve.max_steps)
-            h = self.h
-        else:
-            live, last = i < self.steps, i + 1 == self.steps
-            h = jnp.where(last, self.t1 - t, self.h)
+            return t, self.h, jnp.ones(t.shape, bool), jnp.full(t.shape, i + 1 == self.solve.max_steps)
+        live, last = i < self.steps, i + 1 == self.steps
+        return t, jnp.where(last, self.t1 - t, self.h), live, last
+
+    def _fixed(self, state: State, i: Int32[Array, ""]) -> tuple[State, Taken]:
+        t, h, live, last = self.fixed_size(i)
         k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
         last_used = self.solve.carries_stage or self.solve.saves is not None
         stages, y1 = self.method.step(t, h, state.y, k0, self.operands, last=last_used)
@@ -394,10 +406,8 @@ class Stepper:
 
     def _adaptive(self, state: State, forced: tuple[Array, Array] | None) -> tuple[State, Taken]:
         step, tableau = self.solve.step, self.method.tableau
-        t, low = state.t, state.low
-        remaining = (self.t1 - t) - low
-        clipped = self.direction * remaining - state.h < self.sliver
-        h = jnp.where(clipped, remaining, self.direction * state.h)
+        t = state.t
+        h, clipped = self.next_size(state)
         k0 = state.k0 if state.k0 is not None else self.method.field(t, state.y, self.operands)
         stages, y1 = self.method.step(t, h, state.y, k0, self.operands)
         error = [h * e for e in weighted_sum(tableau.error or (), stages)]
@@ -406,6 +416,36 @@ class Stepper:
         # stages over again in every result of the loop.
         error = [e + (p - p) for e, p in zip(error, y1, strict=True)]
         square = scaled_error(step, error, state.y, y1)
+        decided, verdict = self.decide(state, h, clipped, square, forced)
+        accepted = verdict.accepted
+        new = decided._replace(
+            y=select(accepted, y1, state.y),
+            k0=None if state.k0 is None else select(accepted, stages[-1], state.k0),
+        )
+        live, capped = verdict.live, verdict.proposed < verdict.free
+        slope = jnp.where(live, jnp.where(capped, 0.0, verdict.factor), 1.0)
+        taken = Taken(
+            t, jnp.where(accepted, h, 0.0), verdict.end, accepted, state.y, stages, clipped & live, slope
+        )
+        return new, taken
+
+    def next_size(self, state: State) -> tuple[Float[Array, " lanes"], Bool[Array, " lanes"]]:
+        """Signed size of an adaptive attempt, and whether it goes to the end."""
+        remaining = (self.t1 - state.t) - state.low
+        clipped = self.direction * remaining - state.h < self.sliver
+        return jnp.where(clipped, remaining, self.direction * state.h), clipped
+
+    def decide(
+        self,
+        state: State,
+        h: Float[Array, " lanes"],
+        clipped: Bool[Array, " lanes"],
+        square: Float[Array, " lanes"],
+        forced: tuple[Array, Array] | None = None,
+    ) -> tuple[State, Verdict]:
+        """What follows from an attempt's scaled error: everything of the next state except y and k0."""
+        step, tableau = self.solve.step, self.method.tableau
+        t, low = state.t, state.low
         sound = square < jnp.inf
         if forced is None:
             live = state.status < 0
@@ -415,10 +455,7 @@ class Stepper:
         factor, memory = step_factor(step, tableau.error_order, square, accepted, state.memory)
         free = abs(h) * factor
         proposed = limit(step, free)
-        low_sum, high_error = two_sum(t, h + low)
-        finished = accepted & clipped
-        stepped_t = jnp.where(finished, self.t1, low_sum)
-        stepped_low = jnp.where(finished, 0.0, high_error)
+        stepped_t, stepped_low, finished = self.advance(t, low, h, clipped, accepted)
         if forced is None:
             floor = self.eps * jnp.maximum(abs(t), self.eps * abs(self.t1 - self.t0))
             if step.dtmin is not None:
@@ -430,22 +467,24 @@ class Stepper:
             count = state.accepted + accepted.astype(jnp.int32)
         else:
             status, attempts, count = state.status, state.attempts, state.accepted
-        new = State(
-            jnp.where(accepted, stepped_t, t),
-            jnp.where(accepted, stepped_low, low),
-            jnp.where(live, proposed, state.h),
-            memory,
-            select(accepted, y1, state.y),
-            None if state.k0 is None else select(accepted, stages[-1], state.k0),
-            status,
-            attempts,
-            count,
+        new = state._replace(
+            t=jnp.where(accepted, stepped_t, t),
+            low=jnp.where(accepted, stepped_low, low),
+            h=jnp.where(live, proposed, state.h),
+            memory=memory,
+            status=status,
+            attempts=attempts,
+            accepted=count,
         )
-        slope = jnp.where(live, jnp.where(proposed < free, 0.0, factor), 1.0)
-        taken = Taken(
-            t, jnp.where(accepted, h, 0.0), stepped_t, accepted, state.y, stages, clipped & live, slope
-        )
-        return new, taken
+        return new, Verdict(live, accepted, stepped_t, factor, free, proposed)
+
+    def advance(
+        self, t: Array, low: Array, h: Array, clipped: Array, accepted: Array
+    ) -> tuple[Array, Array, Array]:
+        """Time after an accepted step as (t, low), and which lanes are then at the end."""
+        low_sum, high_error = two_sum(t, h + low)
+        finished = accepted & clipped
+        return jnp.where(finished, self.t1, low_sum), jnp.where(finished, 0.0, high_error), finished
 
 
 def outcome(solve: Solve, stepper: Stepper, state: State) -> tuple[Array, Array, Array]:
