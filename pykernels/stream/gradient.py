@@ -116,7 +116,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss: `terms(params, batch)`, the user's functions in it, and whatever else it depends on."""
+    """A loss: `terms(params, batch)`, the user's functions in it, and whatever else it depends on. Of kind "normal", its `terms`
+    is a `Reduce` itself."""
 
     terms: Callable[[PyTree, PyTree], Any]
     functions: tuple[Any, ...]
@@ -204,6 +205,11 @@ def strong(array: Any) -> jax.Array:
     return lax.convert_element_type(array, array.dtype) if array.dtype != jax.dtypes.float0 else array
 
 
+def in_dtype_of(new: Any, old: Any) -> Any:
+    """A loop's state must keep its types."""
+    return new if new.dtype == old.dtype and not new.weak_type else lax.convert_element_type(new, old.dtype)
+
+
 class Sums(NamedTuple):
     """Sums over rows: weight * term, weight, and their derivatives with respect to the parameters (by kind)."""
 
@@ -244,7 +250,7 @@ def zero_sums(kind: str, params: PyTree) -> Sums:
     """Nothing, in the shape of a kind of sums."""
     dtype = common_dtype(params)
     zero = jnp.zeros((), dtype)
-    rest: PyTree = ()
+    rest: PyTree = None
     if kind == "gradient":
         rest = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
     elif kind == "normal":
@@ -259,13 +265,14 @@ def zero_totals(kind: str, params: PyTree, compensated: bool | None) -> Totals:
         compensated = common_dtype(params) == jnp.float32
     sums = zero_sums(kind, params)
     count = jnp.int32(0)
-    return Totals(sums, sums if compensated else (), DeviceCounts(count, count, count, count, jnp.int32(-1)))
+    counts = DeviceCounts(count, count, count, count, jnp.int32(-1))
+    return own(Totals(sums, sums if compensated else None, counts))
 
 
 def add(totals: Totals, sums: Sums, counts: DeviceCounts) -> Totals:
     """One batch more. The errors of the additions are exact (Knuth's two-sum), and added up beside the sums."""
-    if totals.low == ():
-        return Totals(jax.tree.map(jnp.add, totals.high, sums), (), counts)
+    if totals.low is None:
+        return Totals(jax.tree.map(jnp.add, totals.high, sums), None, counts)
     high = jax.tree.map(jnp.add, totals.high, sums)
 
     def error(a: jax.Array, b: jax.Array, s: jax.Array, low: jax.Array) -> jax.Array:
@@ -277,13 +284,13 @@ def add(totals: Totals, sums: Sums, counts: DeviceCounts) -> Totals:
 
 def finished(totals: Totals) -> Sums:
     """The sums with their errors, at the end of a pass."""
-    return totals.high if totals.low == () else jax.tree.map(jnp.add, totals.high, totals.low)
+    return totals.high if totals.low is None else jax.tree.map(jnp.add, totals.high, totals.low)
 
 
 def mean(sums: Sums, like: PyTree) -> tuple[jax.Array, PyTree]:
     """Value and gradient, the latter in the dtypes of the parameters."""
-    slope = ()
-    if sums.rest != ():
+    slope = None
+    if sums.rest is not None:
         slope = jax.tree.map(
             lambda g, p: (g / sums.weight.astype(g.dtype)).astype(jnp.result_type(p)), sums.rest, like
         )
@@ -321,7 +328,7 @@ def loss_reduction(terms: Callable[[PyTree, PyTree], Any], kind: str, gradient: 
 
         if kind == "value":
             summed, (weights, rows) = total(params)
-            return Sums(summed, weights, ()), rows
+            return Sums(summed, weights, None), rows
         summed, (weights, rows), slope = _DIFFERENTIATE[gradient](total, params, use.shape[0])
         slope = jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), slope)
         return Sums(summed, weights, slope), rows
@@ -462,11 +469,11 @@ BatchStep = Callable[[PyTree, PyTree, PyTree, jax.Array, jax.Array, Across], PyT
 Run = Callable[..., tuple[PyTree, jax.Array]]
 
 
-def compiled(step: BatchStep, mesh: Mesh | None) -> Run:
+def compiled(step: BatchStep, counts: Callable[[PyTree], DeviceCounts], mesh: Mesh | None) -> Run:
     """One program for a chunk of batches: `run(carry, fixed, data, first, batches, rows) -> (carry, ticket)`.
 
     `data`: leaves of shape (batches at most, batch size, ...), of which `batches` hold `rows` rows; `first`: the number of the
-    first one. `carry` is donated. The ticket is there to wait for. On a mesh every device has its part of each batch's rows,
+    first one. `carry` is donated. The ticket is there to wait for, and tells the first batch that was not finite, if any. On a mesh every device has its part of each batch's rows,
     and sums are sums over the mesh.
     """
     axes = () if mesh is None else tuple(mesh.axis_names)
@@ -486,9 +493,10 @@ def compiled(step: BatchStep, mesh: Mesh | None) -> Run:
             batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), data)
             valid = i * (local * devices) + offset + jnp.arange(local, dtype=jnp.int32) < rows
             new = step(carry, fixed, batch, valid, first + i, across)
-            return jax.tree.map(lambda value, old: value.astype(old.dtype), new, carry)
+            return jax.tree.map(in_dtype_of, new, carry)
 
-        return lax.fori_loop(jnp.int32(0), batches, body, carry), first + batches
+        carry = lax.fori_loop(jnp.int32(0), batches, body, carry)
+        return carry, counts(carry).first
 
     if mesh is not None:
         specs = (P(), P(), P(None, axes), P(), P(), P())
@@ -580,11 +588,7 @@ class Passes:
     def _chunks(self, epoch: int, start: int, cursor: Any, every: Sequence[int]) -> Iterator[Chunk]:
         reader = self.source.open(self.options.shuffle, epoch, start * self.batch_size, cursor)
         if not self.batch_size:
-            devices = 1 if self.options.mesh is None else self.options.mesh.size
-            wanted = reader.usual_rows() if self.options.batch_size is None else self.options.batch_size
-            if self.source.rows is not None:
-                wanted = min(wanted, self.source.rows)
-            self.batch_size = -(-max(wanted, 1) // devices) * devices
+            self.settle(self.options.batch_size or reader.usual_rows())
         size, first = self.batch_size, start
         while True:
             data = None
@@ -605,6 +609,13 @@ class Passes:
             first += made
             if rows < batches * size:
                 return
+
+    def settle(self, wanted: int) -> None:
+        """Set the batch size: no more than there are rows, and as many on each device."""
+        devices = 1 if self.options.mesh is None else self.options.mesh.size
+        if self.source.rows is not None:
+            wanted = min(wanted, self.source.rows)
+        self.batch_size = -(-max(wanted, 1) // devices) * devices
 
     def _chunk_length(self, batch: PyTree) -> int:
         """Batches for the device at once."""
@@ -646,13 +657,14 @@ class Passes:
         options = self.options
         run = sums_program(objective, kind, options)
         params = self.replicated(params)
-        totals = own(self.replicated(zero_totals(kind, params, options.compensated)))
+        totals = self.replicated(zero_totals(kind, params, options.compensated))
         rows = 0
         queue = InFlight()
         for chunk in self.chunks():
             totals, ticket = run(totals, params, chunk.data, *scalars(chunk))
             rows += chunk.rows
-            queue.add(ticket)
+            if queue.add(ticket) and options.nan == "raise":
+                break
         return finished(totals), self.checked_counts(totals.counts, rows)
 
     def checked_counts(self, counts: DeviceCounts, rows: int) -> Counts:
@@ -679,11 +691,10 @@ class InFlight:
     def __init__(self) -> None:
         self._tickets: deque[jax.Array] = deque()
 
-    def add(self, ticket: jax.Array) -> None:
-        """One chunk more is on its way; waits for the one before the last few."""
+    def add(self, ticket: jax.Array) -> bool:
+        """One chunk more is on its way; waits for the one before the last few, and says if that had met what is not finite."""
         self._tickets.append(ticket)
-        if len(self._tickets) > CHUNKS_AHEAD:
-            self._tickets.popleft().block_until_ready()
+        return len(self._tickets) > CHUNKS_AHEAD and int(self._tickets.popleft()) >= 0
 
 
 def scalars(chunk: Chunk) -> tuple[np.ndarray, ...]:
@@ -700,7 +711,7 @@ def sums_program(objective: Objective, kind: str, options: Options) -> Run:
     """The program that adds chunks of batches to totals, at fixed parameters."""
 
     def build() -> Run:
-        reduce = loss_reduction(objective.terms, kind, options.gradient)
+        reduce = objective.terms if kind == "normal" else loss_reduction(objective.terms, kind, options.gradient)
 
         def step(totals: Totals, params: PyTree, batch: PyTree, valid: Any, index: Any, across: Any) -> Totals:
             nothing = zero_sums(kind, params)
@@ -709,6 +720,6 @@ def sums_program(objective: Objective, kind: str, options: Options) -> Run:
             )
             return add(totals, sums, counts)
 
-        return compiled(step, options.mesh)
+        return compiled(step, lambda totals: totals.counts, options.mesh)
 
     return programs.get(objective.functions, (kind, objective.static, options.static), build)
