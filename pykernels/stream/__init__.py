@@ -1,10 +1,12 @@
 """Losses over data that do not fit in memory: exact values and gradients, and fits."""
 
 from pykernels.stream.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
+from pykernels.stream.columns import Column
+from pykernels.stream.files import hdf5, npy, npz, parquet
 from pykernels.stream.fit import Epoch, FitResult, Progress, fit, minimize
 from pykernels.stream.gradient import Counts, NonFiniteError, Terms, value, value_and_grad
 from pykernels.stream.least_squares import CovarianceWarning, LeastSquaresResult, curve_fit, least_squares
-from pykernels.stream.source import Batches, Column, Shuffle, Source, Table, hdf5, npy, npz, parquet
+from pykernels.stream.source import Batches, Shuffle, Source, Table
 
 __all__ = [
     "Batches",

@@ -43,8 +43,8 @@ class CheckpointWarning(UserWarning):
 class Checkpoint:
     """Where and how often a fit is saved.
 
-    `folder` is created. A checkpoint is written every `every` batches, and at the end of every epoch and of the fit; the last
-    `keep` of them stay.
+    `folder` is created. A checkpoint is written every `every` batches, and at the end of every epoch and of the fit; the
+    last `keep` of them stay.
     """
 
     folder: str | os.PathLike[str]
@@ -56,7 +56,8 @@ class Checkpoint:
             raise ValueError("Checkpoint(every=, keep=) must be positive")
 
     def save(self, number: int, tree: PyTree, data: dict[str, Any]) -> Path:
-        """Write a pytree of arrays and JSON data under a number that grows; atomic: the file is there whole or not at all."""
+        """Write a pytree of arrays and JSON data under a number that grows; atomic: the file is there whole or not at
+        all."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"fit-{number:012d}.ckpt"
@@ -92,9 +93,7 @@ class Checkpoint:
                 return load(path, like)
             except (UnreadableCheckpointError, OSError) as error:
                 reasons.append(str(error))
-                warnings.warn(
-                    f"{error}; the checkpoint before it is used", CheckpointWarning, stacklevel=4
-                )
+                warnings.warn(f"{error}; the checkpoint before it is used", CheckpointWarning, stacklevel=4)
         if reasons:
             raise CheckpointError(f"no checkpoint in {self.folder} can be used: {'; '.join(reasons)}")
         return None
@@ -109,7 +108,9 @@ def load(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, 
     if magic != MAGIC:
         raise UnreadableCheckpointError(f"{path} is no checkpoint of pykernels, or is damaged")
     if version != str(VERSION):
-        raise UnreadableCheckpointError(f"{path} has format {version}; this version of pykernels reads format {VERSION}")
+        raise UnreadableCheckpointError(
+            f"{path} has format {version}; this version of pykernels reads format {VERSION}"
+        )
     digest, _, packed = rest.partition(b"\n")
     if hashlib.sha256(packed).hexdigest() != digest.decode("ascii", "replace"):
         raise UnreadableCheckpointError(f"{path} is truncated or damaged: its checksum is wrong")

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pykernels.stream.checkpoint import Checkpoint, CheckpointError
+from pykernels.stream.columns import optional
 from pykernels.stream.gradient import (
     Chunk,
     Counts,
@@ -48,7 +49,7 @@ from pykernels.stream.gradient import (
     zero_totals,
 )
 from pykernels.stream.loss import Loss, Model, is_unpacked, model_objective
-from pykernels.stream.source import Batches, Shuffle, as_source, optional
+from pykernels.stream.source import Batches, Shuffle, as_source
 
 if TYPE_CHECKING:
     from jaxtyping import ArrayLike
@@ -59,9 +60,9 @@ Evaluate = Literal["epochs", "end", "never"]
 
 
 class Progress(NamedTuple):
-    """What a callback is told. `batch` is the number of batches of this epoch that are done; `loss` the exact loss at these
-    parameters, where one was computed, else None; `running_loss` the mean over this epoch's rows so far, each at the
-    parameters of its time (on the device: reading it waits)."""
+    """What a callback is told. `batch` is the number of batches of this epoch that are done; `loss` the exact loss at
+    these parameters, where one was computed, else None; `running_loss` the mean over this epoch's rows so far, each at
+    the parameters of its time (on the device: reading it waits)."""
 
     epoch: int
     batch: int
@@ -71,8 +72,8 @@ class Progress(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One line of a fit's history. `running_loss`: mean over the rows, each at the parameters of its time; `loss`: that of the
-    validation data, or of a full pass, at the end of the epoch (NaN where none was computed)."""
+    """One line of a fit's history. `running_loss`: mean over the rows, each at the parameters of its time; `loss`: that
+    of the validation data, or of a full pass, at the end of the epoch (NaN where none was computed)."""
 
     epoch: int
     running_loss: float
@@ -85,11 +86,12 @@ class Epoch(NamedTuple):
 class FitResult:
     """What a fit returns, with the names of `scipy.optimize.OptimizeResult`; fields can be read as keys too.
 
-    `x`: the parameters, in the structure of `p0`; the best ones where `fun` was computed more than once. `fun`: the exact loss
-    there, of the validation data if there are any, else over the whole stream; NaN with `evaluate="never"`. `jac`: its
-    gradient with `updates="pass"`, else None. `success`: all epochs ran, or a tolerance or the patience ended the fit.
-    `status`: 0 all epochs, 1 converged, 2 patience, 3 callback, 4 interrupted, 5 no further decrease. `nit`: updates; `nfev`:
-    passes over the data for the updates (the last one may be part of one); `counts`: of the last complete pass.
+    `x`: the parameters, in the structure of `p0`; the best ones where `fun` was computed more than once. `fun`: the exact
+    loss there, of the validation data if there are any, else over the whole stream; NaN with `evaluate="never"`. `jac`:
+    its gradient with `updates="pass"`, else None. `success`: all epochs ran, or a tolerance or the patience ended the
+    fit. `status`: 0 all epochs, 1 converged, 2 patience, 3 callback, 4 interrupted, 5 no further decrease. `nit`:
+    updates; `nfev`: passes over the data for the updates (the last one may be part of one); `counts`: of the last
+    complete pass.
     """
 
     x: PyTree
@@ -148,31 +150,32 @@ def minimize(
     resume: bool = False,
     progress: bool = False,
 ) -> FitResult:
-    """Minimise the mean of `terms(params, batch)` over a stream. See `value_and_grad` for the loss, the source and how it is
-    read.
+    """Minimise the mean of `terms(params, batch)` over a stream. See `value_and_grad` for the loss, the source and how it
+    is read.
 
-    `optimizer`: any of optax's. `updates="batch"`: one update per batch, by the mean over its rows (default: Adam with a rate
-    of 0.01). `updates="pass"`: one update per pass over the whole stream, by its exact gradient; the default is L-BFGS,
-    `optax.lbfgs(linesearch=None)`, whose steps a line search over further passes then makes safe (Lewis and Overton 2013); the
-    fit ends when the gradient's largest component is at most `gtol`, or the loss decreases by at most `ftol` times itself.
-    `epochs`: passes over the stream, those of the line search included.
+    `optimizer`: any of optax's. `updates="batch"`: one update per batch, by the mean over its rows (default: Adam with a
+    rate of 0.01). `updates="pass"`: one update per pass over the whole stream, by its exact gradient; the default is
+    L-BFGS, `optax.lbfgs(linesearch=None)`, whose steps a line search over further passes then makes safe (Lewis and
+    Overton 2013); the fit ends when the gradient's largest component is at most `gtol`, or the loss decreases by at most
+    `ftol` times itself. `epochs`: passes over the stream, those of the line search included.
 
-    `evaluate`: when the exact loss is computed, by a pass of its own with `updates="batch"`: after all "epochs", at the "end",
-    or "never". Default: "epochs" with `validation` or `patience`, else "end". It is that of the `validation` data if there are
-    any; the best parameters, and `patience` (epochs without a better one), go by it and never by a running mean.
+    `evaluate`: when the exact loss is computed, by a pass of its own with `updates="batch"`: after all "epochs", at the
+    "end", or "never". Default: "epochs" with `validation` or `patience`, else "end". It is that of the `validation` data
+    if there are any; the best parameters, and `patience` (epochs without a better one), go by it and never by a running
+    mean.
 
-    `callback(Progress)` is called after every epoch, and every `callback_every` batches; if it returns True the fit stops.
-    `checkpoint`: where to save; with `resume=True` the fit goes on from the last checkpoint, in the middle of an epoch too, to
-    exactly the result it would have had (from the start if there is none). Ctrl-C ends the fit after the chunk at work, and
-    returns the best parameters so far; a second one interrupts at once. `progress`: a bar, by tqdm.
+    `callback(Progress)` is called after every epoch, and every `callback_every` batches; if it returns True the fit
+    stops. `checkpoint`: where to save; with `resume=True` the fit goes on from the last checkpoint, in the middle of an
+    epoch too, to exactly the result it would have had (from the start if there is none). Ctrl-C ends the fit after the
+    chunk at work, and returns the best parameters so far; a second one interrupts at once. `progress`: a bar, by tqdm.
 
-    Raises NonFiniteError with `nan="raise"`, CheckpointError if a checkpoint is of another fit or data, ValueError or TypeError
-    for arguments that do not fit together, ImportError without optax (`pip install pykernels[stream]`).
+    Raises NonFiniteError with `nan="raise"`, CheckpointError if a checkpoint is of another fit or data, ValueError or
+    TypeError for arguments that do not fit together, ImportError without optax (`pip install pykernels[stream]`).
     """
     options = Options.of(batch_size, shuffle, prefetch, mesh, nan, gradient, compensated)
     settings = _Settings.of(
-        optimizer, epochs, updates, ftol, gtol, evaluate, patience, callback, callback_every, checkpoint, resume, progress,
-        validation is not None,
+        optimizer, epochs, updates, ftol, gtol, evaluate, patience, callback, callback_every, checkpoint, resume,
+        progress, validation is not None,
     )  # fmt: skip
     return _Fit(Objective(terms, (terms,)), source, as_params(p0), options, settings, validation).run()
 
@@ -207,15 +210,15 @@ def fit(
 ) -> FitResult:
     """Fit a model to (x, y) data: minimise the weighted mean over rows of f_scale^2 rho(((model - y) / f_scale)^2).
 
-    `model(x, *params)` if `p0` is a vector, a list or a tuple, `model(x, params)` for other pytrees; it takes a batch of rows of
-    x (any pytree of arrays) and returns an array of the shape of y, whose further axes are summed. Batches of `source` are
-    (x, y), (x, y, weights) or dicts with these names. `loss`: rho, "linear" (squares), "soft_l1", "huber", "cauchy" or
-    "arctan", as in `scipy.optimize.least_squares`. Everything else as in `minimize`.
+    `model(x, *params)` if `p0` is a vector, a list or a tuple, `model(x, params)` for other pytrees; it takes a batch of
+    rows of x (any pytree of arrays) and returns an array of the shape of y, whose further axes are summed. Batches of
+    `source` are (x, y), (x, y, weights) or dicts with these names. `loss`: rho, "linear" (squares), "soft_l1", "huber",
+    "cauchy" or "arctan", as in `scipy.optimize.least_squares`. Everything else as in `minimize`.
     """
     options = Options.of(batch_size, shuffle, prefetch, mesh, nan, gradient, compensated)
     settings = _Settings.of(
-        optimizer, epochs, updates, ftol, gtol, evaluate, patience, callback, callback_every, checkpoint, resume, progress,
-        validation is not None,
+        optimizer, epochs, updates, ftol, gtol, evaluate, patience, callback, callback_every, checkpoint, resume,
+        progress, validation is not None,
     )  # fmt: skip
     params, unpack = model_params(p0)
     objective = model_objective(model, unpack, loss, f_scale)
@@ -223,11 +226,12 @@ def fit(
 
 
 def model_params(p0: PyTree) -> tuple[PyTree, bool]:
-    """A model's first parameters as arrays, a plain list of numbers as a vector, and whether the model takes them singly."""
-    if isinstance(p0, (list, tuple)) and is_unpacked(p0) and all(np.ndim(p) == 0 for p in jax.tree.leaves(p0)):
-        if not any(isinstance(p, (list, tuple, dict)) for p in p0):
-            p0 = jnp.stack([jnp.asarray(p) for p in p0]) if p0 else p0
-    return as_params(p0), is_unpacked(p0)
+    """A model's first parameters as arrays, a plain list of numbers as a vector, and whether the model takes them
+    singly."""
+    unpacked = is_unpacked(p0)
+    if unpacked and isinstance(p0, (list, tuple)) and all(isinstance(p, (float, np.floating)) for p in p0):
+        p0 = np.asarray(p0)
+    return as_params(p0), unpacked
 
 
 @dataclass(frozen=True)
@@ -324,7 +328,7 @@ class _BatchUpdates:
             reduce = loss_reduction(objective.terms, "gradient", options.gradient)
 
             def step(
-                state: _ByBatch, fixed: tuple[()], batch: PyTree, valid: Any, index: Any, across: Any
+                state: _ByBatch, moving: jax.Array, batch: PyTree, valid: Any, index: Any, across: Any
             ) -> _ByBatch:
                 params, opt_state, totals = state
                 nothing = zero_sums("gradient", params)
@@ -339,7 +343,7 @@ class _BatchUpdates:
 
                 # A batch of which nothing is left, or that is skipped, moves neither the parameters nor the optimizer.
                 params, opt_state = lax.cond(
-                    sums.weight != 0, update, lambda _: (params, opt_state), None
+                    moving & (sums.weight != 0), update, lambda _: (params, opt_state), None
                 )
                 totals = add(totals, sums._replace(rest=None), counts)
                 return _ByBatch(params, opt_state, totals)
@@ -357,7 +361,18 @@ class _BatchUpdates:
         )
 
     def run(self, state: _ByBatch, chunk: Chunk) -> tuple[_ByBatch, jax.Array]:
-        return self._program(state, (), chunk.data, *scalars(chunk))
+        return self._program(state, np.bool_(True), chunk.data, *scalars(chunk))
+
+    def loss(self, state: _ByBatch, passes: Passes) -> float:
+        """The exact loss at the state's parameters, by the program there is: the model need not be compiled again for one
+        pass."""
+        still, rows, queue = own(state), 0, InFlight()
+        for chunk in passes.chunks():
+            still, ticket = self._program(still, np.bool_(False), chunk.data, *scalars(chunk))
+            rows += chunk.rows
+            queue.add(ticket)
+        passes.checked_counts(still.totals.counts, rows)
+        return self.end_pass(still, None)[1]
 
     def end_pass(self, state: _ByBatch, counts: Counts | None) -> tuple[_ByBatch, float]:
         value = float(mean(finished(state.totals), state.params)[0])
@@ -388,12 +403,14 @@ class _Search(NamedTuple):
 
 
 class _PassUpdates:
-    """One update per pass, by the exact gradient; behind L-BFGS with a line search for the weak Wolfe conditions, by bisection
-    and doubling (Lewis and Overton 2013, algorithm 2.6), each of whose steps is a pass."""
+    """One update per pass, by the exact gradient; behind L-BFGS with a line search for the weak Wolfe conditions, by
+    bisection and doubling (Lewis and Overton 2013, algorithm 2.6), each of whose steps is a pass."""
 
     DECREASE, CURVATURE, TRIES = 1e-4, 0.9, 30
 
-    def __init__(self, objective: Objective, options: Options, optimizer: Optimizer, ftol: float, gtol: float) -> None:
+    def __init__(
+        self, objective: Objective, options: Options, optimizer: Optimizer, ftol: float, gtol: float
+    ) -> None:
         self._options, self._optimizer, self._ftol, self._gtol = options, optimizer, ftol, gtol
         self._program = sums_program(objective, "gradient", options)
         self.search: _Search | None = None
@@ -402,7 +419,9 @@ class _PassUpdates:
         self.accepted = True
 
         def build() -> Any:
-            def update(params: PyTree, slope: PyTree, state: PyTree, value: jax.Array) -> tuple[PyTree, PyTree]:
+            def update(
+                params: PyTree, slope: PyTree, state: PyTree, value: jax.Array
+            ) -> tuple[PyTree, PyTree]:
                 changes, new = optimizer.update(slope, state, params, value=value, grad=slope)
                 return changes, jax.tree.map(in_dtype_of, new, state)
 
@@ -414,7 +433,9 @@ class _PassUpdates:
         state = jax.tree.map(_strong, self._optimizer.init(params))
         names = {type(s).__name__ for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "_fields"))}
         self._searches = _contains(state, "ScaleByLBFGSState")
-        if _contains(state, "ScaleByZoomLinesearchState") or _contains(state, "ScaleByBacktrackingLinesearchState"):
+        if _contains(state, "ScaleByZoomLinesearchState") or _contains(
+            state, "ScaleByBacktrackingLinesearchState"
+        ):
             raise ValueError(
                 "optax's line searches call the loss inside of a compiled update, where a stream can not be read: write "
                 f"optax.lbfgs(linesearch=None), whose steps are searched over whole passes here (found {sorted(names)})"
@@ -451,9 +472,10 @@ class _PassUpdates:
                     return state._replace(point=_along(state.base, step, state.direction)), loss
         self.accepted, self.nit = True, self.nit + 1
         largest = max(float(jnp.max(jnp.abs(g))) if g.size else 0.0 for g in jax.tree.leaves(slope))
-        if largest <= self._gtol:
-            self.status = 1
-        elif self.search is not None and self.search.value - loss <= self._ftol * abs(self.search.value):
+        before = self.search
+        if largest <= self._gtol or (
+            before is not None and before.value - loss <= self._ftol * abs(before.value)
+        ):
             self.status = 1
         changes, opt_state = self._update(state.point, slope, state.optimizer, value)
         along = _dot(slope, changes)
@@ -502,8 +524,8 @@ class _Same:
 
 
 def settings_of(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made anew
-    for every fit; two with equal settings shall share a compiled program."""
+    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made
+    anew for every fit; two with equal settings shall share a compiled program."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value).__name__, repr(value)
     if id(value) in seen:
@@ -533,7 +555,7 @@ class _Place:
     best_loss: float = math.inf
     best_epoch: int = -1
     waited: int = 0
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
     history: list[Epoch] = field(default_factory=list)
 
 
@@ -567,7 +589,9 @@ class _Fit:
         if self._evaluate == "epochs" and self.validation is None and self.settings.updates == "batch":
             self.source.check_passes(2, "the loss is to be evaluated over all of them after each epoch")
         if self.validation is not None and self._evaluate == "epochs":
-            self.validation.source.check_passes(self.settings.epochs, "the validation loss is computed every epoch")
+            self.validation.source.check_passes(
+                self.settings.epochs, "the validation loss is computed every epoch"
+            )
         if once and self.settings.checkpoint is not None:
             self.source.check_passes(2, "a resumed fit would read them again")
 
@@ -625,7 +649,7 @@ class _Fit:
                         self._save()
                     return
         finally:
-            chunks.close()  # type: ignore[attr-defined]  (ends the thread that reads ahead)
+            chunks.close()  # ends the thread that reads ahead
         if not place.rows and place.epoch:
             raise ValueError(
                 f"the source has no rows in epoch {place.epoch}: a function must return a new iterator each time"
@@ -647,7 +671,9 @@ class _Fit:
             loss = self._value(self.state.params)
         if loss < place.best_loss:
             place.best_loss, place.best_epoch, place.waited = loss, place.epoch, 0
-            self.best = own((self.state.base, self.state.slope) if settings.updates == "pass" else (self._now(), None))
+            self.best = own(
+                (self.state.base, self.state.slope) if settings.updates == "pass" else (self._now(), None)
+            )
         else:
             place.waited += 1
         place.counts = counts or place.counts
@@ -672,6 +698,10 @@ class _Fit:
         passes = self.passes if self.validation is None else self.validation
         sums, _ = passes.sums(self.objective, "value", params)
         return float(mean(sums, params)[0])
+
+    def _last_loss(self) -> float:
+        zero = zero_totals("value", self.params, self.options.compensated)
+        return self.updates.loss(self.state._replace(totals=zero), self.passes)
 
     def _now(self) -> PyTree:
         """The parameters a user should see."""
@@ -709,7 +739,7 @@ class _Fit:
         else:
             best, jac, loss = self._now(), None, math.nan
             if self._evaluate == "end" and settings.updates == "batch" and self._stop != 4:
-                loss = self._value(best)
+                loss = self._value(best) if self.validation is not None else self._last_loss()
         if self._stop == 0 and settings.updates == "pass" and self.updates.status is not None:
             self._stop = self.updates.status
         success, message = _STATUS[self._stop or 0]
@@ -735,7 +765,11 @@ class _Fit:
         return {"state": self.state, "best": self._no_best() if self.best is None else self.best}
 
     def _no_best(self) -> PyTree:
-        return (self.state.base, self.state.slope) if self.settings.updates == "pass" else (self.state.params, None)
+        return (
+            (self.state.base, self.state.slope)
+            if self.settings.updates == "pass"
+            else (self.state.params, None)
+        )
 
     def _save(self) -> None:
         place = self.place
@@ -778,8 +812,8 @@ class _Fit:
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """While in here the first Ctrl-C is only noted. A handler of the user's own stays; so does everything in other threads,
-    which have none."""
+    """While in here the first Ctrl-C is only noted. A handler of the user's own stays; so does everything in other
+    threads, which have none."""
     noted = threading.Event()
 
     def note(number: int, frame: Any) -> None:

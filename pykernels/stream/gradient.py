@@ -1,8 +1,8 @@
 """Sums over a stream, and with them means and their gradients, exact for every split into batches.
 
-A loss over a stream is a mean of one term per row. Each batch gives sums (terms, weights, gradients), which are added on the
-device and divided once, so no batch counts for more than its rows. Many batches go to the device together and one compiled
-loop runs over them; the host neither waits for a batch nor reads anything of it before the pass is over.
+A loss over a stream is a mean of one term per row. Each batch gives sums (terms, weights, gradients), which are added on
+the device and divided once, so no batch counts for more than its rows. Many batches go to the device together and one
+compiled loop runs over them; the host neither waits for a batch nor reads anything of it before the pass is over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import threading
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -42,8 +42,8 @@ class Terms(NamedTuple):
     """What a loss may return instead of an array of terms.
 
     `value`: one term per row; `weight`: one weight per row (default 1), the loss being sum(weight * value) / sum(weight);
-    `ok`: False for rows to leave out, such as `sol.ok` of `pk.solve_ensemble(..., throw=False)`. A row that is left out is
-    counted, and changes neither the value nor the gradient of the others, even if its term is NaN.
+    `ok`: False for rows to leave out, such as `sol.ok` of `pk.solve_ensemble(..., throw=False)`. A row that is left out
+    is counted, and changes neither the value nor the gradient of the others, even if its term is NaN.
     """
 
     value: Float[Array, " rows"]
@@ -116,10 +116,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss: `terms(params, batch)`, the user's functions in it, and whatever else it depends on. Of kind "normal", its `terms`
-    is a `Reduce` itself."""
+    """A loss: `terms(params, batch)`, the user's functions in it, and whatever else it depends on. Of kind "normal", its
+    `terms` is a `Reduce` itself."""
 
-    terms: Callable[[PyTree, PyTree], Any]
+    terms: Callable[..., Any]
     functions: tuple[Any, ...]
     static: tuple[Hashable, ...] = ()
 
@@ -141,15 +141,17 @@ def value_and_grad(
 
     `terms(params, batch)` returns one loss term per row, shape (rows,), or `Terms` with weights and a mask. The value is
     sum(weight * term) / sum(weight) over all rows, whatever the batches: the sums are divided once. `source`: a pytree of
-    arrays or memory maps, a source (`npy`, `npz`, `hdf5`, `parquet`), or an iterable or factory of batches. `params`: a pytree
-    of floating arrays; gradients have their shapes and dtypes. Every batch has `batch_size` rows for the model (default: 8,192,
-    or those of the first batch of a stream); the last is filled up with a valid row, whose terms do not count.
+    arrays or memory maps, a source (`npy`, `npz`, `hdf5`, `parquet`), or an iterable or factory of batches. `params`: a
+    pytree of floating arrays; gradients have their shapes and dtypes. Every batch has `batch_size` rows for the model
+    (default: 8,192, or those of the first batch of a stream); the last is filled up with a valid row, whose terms do not
+    count.
 
-    `gradient`: "reverse"; "forward", for few parameters; "finite-difference", central and slow, to compare with. `nan`: what
-    to do with terms that are not finite: "raise" NonFiniteError after the pass, "mask" the rows, or "skip" their batches.
-    `compensated`: sums over batches keep their rounding errors (default: where parameters have 32 bits or fewer).
-    `shuffle`: a seed, or `Shuffle`. `prefetch`: chunks that a thread reads ahead. `mesh`: rows are spread over all its devices
-    (default: the mesh of `jax.set_mesh`, if any). With `has_counts` the result is `((value, Counts), gradient)`.
+    `gradient`: "reverse"; "forward", for few parameters; "finite-difference", central and slow, to compare with. `nan`:
+    what to do with terms that are not finite: "raise" NonFiniteError after the pass, "mask" the rows, or "skip" their
+    batches. `compensated`: sums over batches keep their rounding errors (default: where parameters have 32 bits or
+    fewer). `shuffle`: a seed, or `Shuffle`. `prefetch`: chunks that a thread reads ahead. `mesh`: rows are spread over
+    all its devices (default: the mesh of `jax.set_mesh`, if any). With `has_counts` the result is `((value, Counts),
+    gradient)`.
 
     The model is traced once for all calls with the same function, shapes and options.
     """
@@ -187,7 +189,9 @@ def as_params(params: PyTree) -> PyTree:
 
     def leaf(value: Any) -> jax.Array:
         if isinstance(value, jax.core.Tracer):
-            raise TypeError("a stream is read by the host: this can not be called inside of jit, grad or vmap")
+            raise TypeError(
+                "a stream is read by the host: this can not be called inside of jit, grad or vmap"
+            )
         array = jnp.asarray(value)
         if array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"parameters must be floating-point numbers, not {array.dtype}: write 1.0, not 1")
@@ -243,7 +247,9 @@ def accumulator(dtype: Any) -> Any:
 
 def common_dtype(params: PyTree) -> Any:
     """That of sums over all parameters."""
-    return functools.reduce(np.promote_types, (p.dtype for p in jax.tree.leaves(params)), np.dtype(np.float32))
+    return functools.reduce(
+        np.promote_types, (p.dtype for p in jax.tree.leaves(params)), np.dtype(np.float32)
+    )
 
 
 def zero_sums(kind: str, params: PyTree) -> Sums:
@@ -336,14 +342,12 @@ def loss_reduction(terms: Callable[[PyTree, PyTree], Any], kind: str, gradient: 
     return reduce
 
 
-def _checked_terms(
-    result: Any, rows: int, dtype: Any
-) -> tuple[jax.Array, jax.Array | None, jax.Array | bool]:
+def _checked_terms(result: Any, rows: int, dtype: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     terms = result if isinstance(result, Terms) else Terms(result)
-    shapes = [jnp.shape(part) for part in terms if part is not None]
-    if any(shape != (rows,) for shape in shapes):
+    shapes = [shape for shape in (jnp.shape(part) for part in terms if part is not None) if shape != (rows,)]
+    if shapes:
         raise TypeError(
-            f"a loss must return one term per row, shape ({rows},) for this batch, not {shapes[0] if len(shapes) == 1 else shapes}"
+            f"a loss must return one term per row, shape ({rows},) for this batch, not {shapes[0]}"
         )
     value = jnp.asarray(terms.value)
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
@@ -420,9 +424,9 @@ def batch_sums(
 ) -> tuple[Sums, DeviceCounts]:  # fmt: skip
     """The sums of one batch over its good rows.
 
-    A row that does not count must not reach the gradient: the derivative of a NaN term times a zero is a NaN. So rows out of
-    use are replaced by a row in use before the model, and their terms by zero behind it. Which rows are bad is known only
-    behind the model: if there are any, the batch is evaluated again without them.
+    A row that does not count must not reach the gradient: the derivative of a NaN term times a zero is a NaN. So rows out
+    of use are replaced by a row in use before the model, and their terms by zero behind it. Which rows are bad is known
+    only behind the model: if there are any, the batch is evaluated again without them.
     """
 
     def fill(use: jax.Array) -> PyTree:
@@ -472,9 +476,9 @@ Run = Callable[..., tuple[PyTree, jax.Array]]
 def compiled(step: BatchStep, counts: Callable[[PyTree], DeviceCounts], mesh: Mesh | None) -> Run:
     """One program for a chunk of batches: `run(carry, fixed, data, first, batches, rows) -> (carry, ticket)`.
 
-    `data`: leaves of shape (batches at most, batch size, ...), of which `batches` hold `rows` rows; `first`: the number of the
-    first one. `carry` is donated. The ticket is there to wait for, and tells the first batch that was not finite, if any. On a mesh every device has its part of each batch's rows,
-    and sums are sums over the mesh.
+    `data`: leaves of shape (batches at most, batch size, ...), of which `batches` hold `rows` rows; `first`: the number
+    of the first one. `carry` is donated. The ticket is there to wait for, and tells the first batch that was not finite,
+    if any. On a mesh every device has its part of each batch's rows, and sums are sums over the mesh.
     """
     axes = () if mesh is None else tuple(mesh.axis_names)
 
@@ -507,8 +511,9 @@ def compiled(step: BatchStep, counts: Callable[[PyTree], DeviceCounts], mesh: Me
 class _Cache:
     """Compiled programs by the functions they contain, with what these close over, and by options: the most recent ones.
 
-    Functions are told apart as objects, so two closures from one factory are two models. As with `jax.jit` a function must be
-    pure; but a closure variable or an attribute of a method's object that was bound anew is seen, and gives a new program.
+    Functions are told apart as objects, so two closures from one factory are two models. As with `jax.jit` a function
+    must be pure; but a closure variable or an attribute of a method's object that was bound anew is seen, and gives a new
+    program.
     """
 
     def __init__(self, size: int) -> None:
@@ -580,12 +585,12 @@ class Passes:
 
     def chunks(
         self, epoch: int = 0, start: int = 0, cursor: Any = None, every: Sequence[int] = ()
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """The chunks of a pass from batch `start` on; every so many batches a chunk ends, for each number in `every`."""
         made = self._chunks(epoch, start, cursor, every)
         return prefetched(made, self.options.prefetch) if self.options.prefetch else made
 
-    def _chunks(self, epoch: int, start: int, cursor: Any, every: Sequence[int]) -> Iterator[Chunk]:
+    def _chunks(self, epoch: int, start: int, cursor: Any, every: Sequence[int]) -> Generator[Chunk]:
         reader = self.source.open(self.options.shuffle, epoch, start * self.batch_size, cursor)
         if not self.batch_size:
             self.settle(self.options.batch_size or reader.usual_rows())
@@ -600,7 +605,11 @@ class Passes:
             batches = min([self._per_chunk, *((first // n + 1) * n - first for n in every)])
             missing = batches * size - (0 if data is None else row_count(data))
             more = reader.take(missing) if missing else None
-            data = concatenate([piece for piece in (data, more) if piece is not None]) if data is not None else more
+            data = (
+                concatenate([piece for piece in (data, more) if piece is not None])
+                if data is not None
+                else more
+            )
             if data is None:
                 return
             rows = row_count(data)
@@ -692,7 +701,8 @@ class InFlight:
         self._tickets: deque[jax.Array] = deque()
 
     def add(self, ticket: jax.Array) -> bool:
-        """One chunk more is on its way; waits for the one before the last few, and says if that had met what is not finite."""
+        """One chunk more is on its way; waits for the one before the last few, and says if that had met what is not
+        finite."""
         self._tickets.append(ticket)
         return len(self._tickets) > CHUNKS_AHEAD and int(self._tickets.popleft()) >= 0
 
@@ -711,9 +721,13 @@ def sums_program(objective: Objective, kind: str, options: Options) -> Run:
     """The program that adds chunks of batches to totals, at fixed parameters."""
 
     def build() -> Run:
-        reduce = objective.terms if kind == "normal" else loss_reduction(objective.terms, kind, options.gradient)
+        reduce = (
+            objective.terms if kind == "normal" else loss_reduction(objective.terms, kind, options.gradient)
+        )
 
-        def step(totals: Totals, params: PyTree, batch: PyTree, valid: Any, index: Any, across: Any) -> Totals:
+        def step(
+            totals: Totals, params: PyTree, batch: PyTree, valid: Any, index: Any, across: Any
+        ) -> Totals:
             nothing = zero_sums(kind, params)
             sums, counts = batch_sums(
                 reduce, params, batch, valid, index, nothing, totals.counts, options.nan, across

@@ -1,8 +1,8 @@
 """Nonlinear least squares over a stream: J'J and J'r are sums over rows too, and small.
 
-Gauss-Newton and Levenberg-Marquardt need nothing else of the data, so one pass per iteration is enough, and the memory is that
-of a batch and a matrix of the parameters. The price of the normal equations is precision: the condition number of J is
-squared. Their columns are scaled to one before they are solved, on the host in float64.
+Gauss-Newton and Levenberg-Marquardt need nothing else of the data, so one pass per iteration is enough, and the memory is
+that of a batch and a matrix of the parameters. The price of the normal equations is precision: the condition number of J
+is squared. Their columns are scaled to one before they are solved, on the host in float64.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class CovarianceWarning(UserWarning):
 class LeastSquaresResult:
     """What `least_squares` returns, with the names of `scipy.optimize.least_squares`; fields can be read as keys too.
 
-    `x`: the parameters, in the structure of `p0`; `cost`: 0.5 * sum(weight * f_scale^2 rho((residual / f_scale)^2)); `grad`: its
-    gradient; `jtj`: J'J there, over the parameters as one vector, from which `covariance` is; `counts.rows`: rows used;
-    `residuals`: numbers in them (rows, times the elements of a row of y). `status`: 0 out of passes, 1 gtol, 2 ftol, 3 xtol,
-    5 no further decrease, -1 interrupted. `nfev`: passes; `nit`: steps taken.
+    `x`: the parameters, in the structure of `p0`; `cost`: 0.5 * sum(weight * f_scale^2 rho((residual / f_scale)^2));
+    `grad`: its gradient; `jtj`: J'J there, over the parameters as one vector, from which `covariance` is; `counts.rows`:
+    rows used; `residuals`: numbers in them (rows, times the elements of a row of y). `status`: 0 out of passes, 1 gtol, 2
+    ftol, 3 xtol, 5 no further decrease, -1 interrupted. `nfev`: passes; `nit`: steps taken.
     """
 
     x: PyTree
@@ -78,8 +78,8 @@ class LeastSquaresResult:
         return list(self.__dataclass_fields__)
 
     def covariance(self, *, absolute_sigma: bool = False) -> np.ndarray:
-        """The covariance of the parameters, as one vector, in the linear approximation at `x`: the inverse of J'J, times the
-        residual variance 2 cost / (residuals - parameters) unless the weights are 1 / sigma^2 and `absolute_sigma`.
+        """The covariance of the parameters, as one vector, in the linear approximation at `x`: the inverse of J'J, times
+        the residual variance 2 cost / (residuals - parameters) unless the weights are 1 / sigma^2 and `absolute_sigma`.
 
         Infinite, with a CovarianceWarning, where the data do not determine the parameters.
         """
@@ -128,15 +128,15 @@ def least_squares(
     """Fit a model to (x, y) data by weighted nonlinear least squares: one pass over the stream per iteration.
 
     `model`, `source`, `p0`, `loss` and `f_scale` as in `fit`; weights are those of squares, 1 / sigma^2. `method`:
-    Levenberg-Marquardt, damped as by Nielsen (1999) in the scale of the parameters, or "gauss-newton", its undamped steps.
-    `bounds`: lower and upper, numbers or in the structure of `p0`; steps are projected on them (Kanzow, Yamashita and Fukushima
-    2004). `ftol`: relative decrease of the cost; `xtol`: relative change of the parameters; `gtol`: largest cosine of the angle
-    between the residuals and a column of J, of parameters that no bound holds (MINPACK's); none goes below the precision of the
-    parameters. Columns of J are made in forward mode, all of them together. The rest as in `value_and_grad`. Ctrl-C returns the
-    best parameters so far.
+    Levenberg-Marquardt, damped as by Nielsen (1999) in the scale of the parameters, or "gauss-newton", its undamped
+    steps. `bounds`: lower and upper, numbers or in the structure of `p0`; steps are projected on them (Kanzow, Yamashita
+    and Fukushima 2004). `ftol`: relative decrease of the cost; `xtol`: relative change of the parameters; `gtol`: largest
+    cosine of the angle between the residuals and a column of J, of parameters that no bound holds (MINPACK's); none goes
+    below the precision of the parameters. Columns of J are made in forward mode, all of them together. The rest as in
+    `value_and_grad`. Ctrl-C returns the best parameters so far.
 
-    Raises NonFiniteError with `nan="raise"` if the residuals at `p0` are not finite (a step to such a point is shortened), and
-    ValueError or TypeError for arguments that do not fit together.
+    Raises NonFiniteError with `nan="raise"` if the residuals at `p0` are not finite (a step to such a point is
+    shortened), and ValueError or TypeError for arguments that do not fit together.
     """
     if method not in ("lm", "gauss-newton"):
         raise ValueError(f"method must be 'lm' or 'gauss-newton', not {method!r}")
@@ -167,7 +167,11 @@ def _rows_of(model: Model, unpack: bool) -> Callable[[PyTree, PyTree], _Rows]:
 
 
 def normal_objective(
-    rows_of: Callable[[PyTree, PyTree], _Rows], functions: tuple[Any, ...], loss: Loss, f_scale: float, static: Hashable
+    rows_of: Callable[[PyTree, PyTree], _Rows],
+    functions: tuple[Any, ...],
+    loss: Loss,
+    f_scale: float,
+    static: Hashable,
 ) -> Objective:
     """Sums of a weighted robust cost and its normal equations, as a reduction.
 
@@ -257,7 +261,10 @@ class _LevenbergMarquardt:
             raise ValueError("p0 is outside of the bounds")
         self._x0 = x
         precision = float(jnp.finfo(common_dtype(params)).eps)
-        self._tolerances = _Tolerances(*(max(t, precision) for t in tolerances[:3]), tolerances.max_passes)
+        ftol, xtol, gtol, max_passes = tolerances
+        self._tolerances = _Tolerances(
+            max(ftol, precision), max(xtol, precision), max(gtol, precision), max_passes
+        )
         self.passes_done = 0
 
     def run(self) -> LeastSquaresResult:
@@ -277,7 +284,9 @@ class _LevenbergMarquardt:
                         break
                     step = shrink * self._step(point, damping)
                     # In the precision of the parameters, so that the next point is really where it is said to be.
-                    x = np.asarray(np.asarray(np.clip(point.x + step, self._low, self._high), self._dtype), np.float64)
+                    x = np.asarray(
+                        np.asarray(np.clip(point.x + step, self._low, self._high), self._dtype), np.float64
+                    )
                     step = x - point.x
                     if np.linalg.norm(step) <= self._tolerances.xtol * np.linalg.norm(point.x):
                         status = 3
@@ -285,7 +294,7 @@ class _LevenbergMarquardt:
                     trial = self._try(x)
                     predicted = -(point.grad @ step + step @ point.matrix @ step / 2)
                     decrease = point.cost - trial.cost if trial is not None else -math.inf
-                    if decrease > 0:
+                    if trial is not None and decrease > 0:
                         ratio = decrease / predicted if predicted > 0 else 1.0
                         old, point, steps = point.cost, trial, steps + 1
                         history.append(point.cost)
@@ -352,7 +361,9 @@ class _LevenbergMarquardt:
     def _converged(self, point: _Point) -> int | None:
         return 1 if self._optimality(point) <= self._tolerances.gtol else None
 
-    def _result(self, point: _Point, steps: int, status: int | None, history: list[float]) -> LeastSquaresResult:
+    def _result(
+        self, point: _Point, steps: int, status: int | None, history: list[float]
+    ) -> LeastSquaresResult:
         status = 0 if status is None else status
         mask = np.where(point.x <= self._low, -1, np.where(point.x >= self._high, 1, 0))
         return LeastSquaresResult(
@@ -379,7 +390,8 @@ def _scale(matrix: np.ndarray) -> np.ndarray:
 
 
 def _pseudo_inverse(matrix: np.ndarray) -> np.ndarray | None:
-    """The inverse of a symmetric matrix, by its eigenvalues in units in which its diagonal is one; None if it is singular."""
+    """The inverse of a symmetric matrix, by its eigenvalues in units in which its diagonal is one; None if it is
+    singular."""
     scale = _scale(matrix)
     values, vectors = np.linalg.eigh(matrix / np.outer(scale, scale))
     if not np.all(np.isfinite(values)) or values[0] <= len(scale) * np.finfo(float).eps * values[-1]:
@@ -389,13 +401,20 @@ def _pseudo_inverse(matrix: np.ndarray) -> np.ndarray | None:
 
 def _bound(bound: Any, params: PyTree, n: int) -> np.ndarray:
     """One side of the bounds, for each parameter."""
-    if np.ndim(bound) == 0 and not isinstance(bound, (dict, list, tuple)) and jax.tree.leaves(bound) == [bound]:
+    if (
+        np.ndim(bound) == 0
+        and not isinstance(bound, (dict, list, tuple))
+        and jax.tree.leaves(bound) == [bound]
+    ):
         return np.full(n, float(bound))
     leaves = jax.tree.leaves(bound)
     like = jax.tree.leaves(params)
     if len(leaves) == len(like):
         return np.concatenate(
-            [np.broadcast_to(np.asarray(b, np.float64), p.shape).reshape(-1) for b, p in zip(leaves, like, strict=True)]
+            [
+                np.broadcast_to(np.asarray(b, np.float64), p.shape).reshape(-1)
+                for b, p in zip(leaves, like, strict=True)
+            ]
         )
     flat = np.asarray(leaves, np.float64).reshape(-1)
     if flat.shape != (n,):
@@ -427,19 +446,21 @@ def curve_fit(
     prefetch: int = 0,
     mesh: Mesh | None = None,
 ) -> Any:
-    """`scipy.optimize.curve_fit` over data that do not fit in memory: `f(x, *params)`, returns `(popt, pcov)` as NumPy arrays.
+    """`scipy.optimize.curve_fit` over data that do not fit in memory: `f(x, *params)`, returns `(popt, pcov)` as NumPy
+    arrays.
 
-    `xdata`, `ydata`, `sigma`: arrays or memory maps. As in SciPy `xdata` may have shape (k, M) for M points, and `f` then gets
-    slices of shape (k, rows); shapes (M, ...), rows first, work too, unless M = k. Or `xdata` is a source of batches (x, y) or
-    (x, y, sigma), rows first, and `ydata` and `sigma` are None. `p0` defaults to ones, within finite bounds to their middle.
-    `sigma`: standard deviations, one for all or one per point; a covariance matrix is not possible here. `absolute_sigma`,
-    `bounds` and `full_output` (the infodict has `nfev`, `cost`, `grad` and `counts`, without residuals) as in SciPy.
-    `nan_policy` "omit" leaves out points whose residual is not finite; otherwise they raise. The Jacobian is exact, so `jac` must
-    be None; `method` only names what SciPy would take: it is Levenberg-Marquardt, projected where there are bounds. The rest as
-    in `least_squares`. `pcov` is infinite, with a CovarianceWarning, where it can not be estimated.
+    `xdata`, `ydata`, `sigma`: arrays or memory maps. As in SciPy `xdata` may have shape (k, M) for M points, and `f` then
+    gets slices of shape (k, rows); shapes (M, ...), rows first, work too, unless M = k. Or `xdata` is a source of batches
+    (x, y) or (x, y, sigma), rows first, and `ydata` and `sigma` are None. `p0` defaults to ones, within finite bounds to
+    their middle. `sigma`: standard deviations, one for all or one per point; a covariance matrix is not possible here.
+    `absolute_sigma`, `bounds` and `full_output` (the infodict has `nfev`, `cost`, `grad` and `counts`, without residuals)
+    as in SciPy. `nan_policy` "omit" leaves out points whose residual is not finite; otherwise they raise. The Jacobian is
+    exact, so `jac` must be None; `method` only names what SciPy would take: it is Levenberg-Marquardt, projected where
+    there are bounds. The rest as in `least_squares`. `pcov` is infinite, with a CovarianceWarning, where it can not be
+    estimated.
 
-    Raises RuntimeError if the fit does not converge within `maxfev` passes; ValueError, TypeError or NonFiniteError for data
-    or arguments that do not fit.
+    Raises RuntimeError if the fit does not converge within `maxfev` passes; ValueError, TypeError or NonFiniteError for
+    data or arguments that do not fit.
     """
     if jac is not None:
         raise ValueError("jac must be None: derivatives are computed by automatic differentiation")
@@ -498,7 +519,8 @@ def _start(f: Model, p0: Any, low: np.ndarray, high: np.ndarray) -> jax.Array:
 
 
 def _points(xdata: Any, ydata: Any, sigma: Any) -> tuple[Source, bool, bool]:
-    """The source of (x, y) or (x, y, sigma), whether x is k predictors that the model takes stacked, and if there is sigma."""
+    """The source of (x, y) or (x, y, sigma), whether x is k predictors that the model takes stacked, and if there is
+    sigma."""
     if ydata is None:
         if sigma is not None:
             raise ValueError("with a source, sigma is the third part of its batches: (x, y, sigma)")
@@ -512,7 +534,9 @@ def _points(xdata: Any, ydata: Any, sigma: Any) -> tuple[Source, bool, bool]:
         return Table((columns, y)), stacked, False
     deviations = sigma if hasattr(sigma, "shape") else np.asarray(sigma, np.float64)
     if deviations.ndim > 1:
-        raise ValueError("sigma must be one number or one per point; a covariance matrix does not fit a stream")
+        raise ValueError(
+            "sigma must be one number or one per point; a covariance matrix does not fit a stream"
+        )
     if deviations.ndim == 1 and deviations.shape != y.shape[:1]:
         raise ValueError(f"sigma has shape {deviations.shape}, but there are {y.shape[0]} points")
     if deviations.ndim == 0:

@@ -68,7 +68,8 @@ def residuals(model: Model, unpack: bool, params: PyTree, x: PyTree, y: jax.Arra
 
 
 def model_objective(model: Model, unpack: bool, loss: Loss, f_scale: float) -> Objective:
-    """The loss of a model: f_scale^2 rho((residual / f_scale)^2), summed over the elements of a row, weighted over rows."""
+    """The loss of a model: f_scale^2 rho((residual / f_scale)^2), summed over the elements of a row, weighted over
+    rows."""
     check_loss(loss, f_scale)
 
     def terms(params: PyTree, batch: PyTree) -> Terms:

@@ -1,57 +1,30 @@
-"""Where rows come from: arrays, files and streams of batches behind one interface, and the order in which they come.
+"""Where rows come from, tables and streams of batches behind one interface, and the order in which they come.
 
-A *table* has columns, each an array whose first axis is the rows, that can be read anywhere: arrays in memory, memory maps,
-`.npy` and `.npz` shards, HDF5, Parquet. A new format is one class with `shape`, `dtype` and `read(start, stop)`, see `Column`.
-A *stream* gives batches of any size one after the other: a list, a loader, a factory of generators.
+A *table* has columns, arrays whose first axis is the rows, that can be read anywhere (`columns.py`; those in files are in
+`files.py`). A *stream* gives batches of any size one after the other: a list, a loader, a factory of generators.
 """
 
 from __future__ import annotations
 
 import base64
-import bisect
-import glob
 import hashlib
-import importlib
-import itertools
-import mmap
-import os
 import queue
 import threading
-import zipfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
-PathLike = str | os.PathLike[str]
+from pykernels.stream.columns import Column, PyTree, as_column, concatenate, native
 
 # Rows read around the beginning, the middle and the end of a table to recognise it.
 FINGERPRINT_ROWS = 16
 SHUFFLE_BLOCK = 4096
 USUAL_ROWS = 8192  # a few columns of them fit into a core's cache
-
-
-@runtime_checkable
-class Column(Protocol):
-    """One array of a table. Reads may come from another thread, one at a time."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows, then the shape of a row."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of what `read` returns."""
-
-    def read(self, start: int, stop: int) -> np.ndarray | jax.Array:
-        """Rows `start` to `stop`, at most `shape[0]`; no more than these in memory, where the format allows it."""
 
 
 class Reader(Protocol):
@@ -88,9 +61,9 @@ class Source(ABC):
 class Shuffle:
     """A seeded order of a table's rows that is a pure function of (seed, epoch).
 
-    Blocks of `block` consecutive rows come in a pseudo-random order; `blocks` of them at a time are in memory, and their rows
-    are put in a pseudo-random order. Memory: `block * blocks` rows, whatever the table's length. `block=None`: what the
-    source reads well (a Parquet row group), or 4,096.
+    Blocks of `block` consecutive rows come in a pseudo-random order; `blocks` of them at a time are in memory, and their
+    rows are put in a pseudo-random order. Memory: `block * blocks` rows, whatever the table's length. `block=None`: what
+    the source reads well (a Parquet row group), or 4,096.
     """
 
     seed: int = 0
@@ -98,14 +71,15 @@ class Shuffle:
     blocks: int = 16
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 1 or self.blocks < 1:
+        if (self.block is not None and self.block < 1) or self.blocks < 1:
             raise ValueError("Shuffle(block=, blocks=) must be positive")
         if self.seed < 0:
             raise ValueError(f"Shuffle(seed=) must not be negative, not {self.seed}")
 
 
 def as_source(data: Any) -> Source:
-    """The source that `data` is: a `Source`, a pytree of arrays with equally many rows, or an iterable or factory of batches.
+    """The source that `data` is: a `Source`, a pytree of arrays with equally many rows, or an iterable or factory of
+    batches.
 
     Tuples, dicts and other pytrees are tables of arrays; lists, iterators, other iterables and functions give batches.
     Raises TypeError for anything else.
@@ -128,15 +102,16 @@ def as_source(data: Any) -> Source:
 class Table(Source):
     """Columns with equally many rows.
 
-    `columns`: a pytree whose leaves are arrays (NumPy's, JAX's, `np.memmap`, h5py datasets, anything with `shape`, `dtype`
-    and slices) or instances of `Column`. A batch has the same structure. `block`: rows that are best read together.
+    `columns`: a pytree whose leaves are arrays (NumPy's, JAX's, `np.memmap`, h5py datasets, anything with `shape`,
+    `dtype` and slices) or instances of `Column`. A batch has the same structure. `block`: rows that are best read
+    together.
     """
 
     rows: int
 
     def __init__(self, columns: PyTree, *, block: int | None = None) -> None:
         leaves, self._tree = jax.tree.flatten(columns, is_leaf=lambda leaf: isinstance(leaf, Column))
-        self._columns = [_as_column(leaf) for leaf in leaves]
+        self._columns = [as_column(leaf) for leaf in leaves]
         if not self._columns:
             raise ValueError("the data have no arrays")
         counts = {column.shape[0] for column in self._columns}
@@ -148,7 +123,7 @@ class Table(Source):
 
     def read(self, start: int, stop: int) -> PyTree:
         """Rows `start` to `stop` as a pytree of arrays."""
-        return jax.tree.unflatten(self._tree, [_native(column.read(start, stop)) for column in self._columns])
+        return jax.tree.unflatten(self._tree, [native(column.read(start, stop)) for column in self._columns])
 
     def open(self, shuffle: Shuffle | None, epoch: int, start: int = 0, cursor: Any = None) -> Reader:
         if shuffle is None:
@@ -228,7 +203,8 @@ class BlockOrder:
 
 
 class _Shuffled:
-    """The table's blocks in the order of `BlockOrder`, a window of them at a time, and the window's rows in random order."""
+    """The table's blocks in the order of `BlockOrder`, a window of them at a time, and the window's rows in random
+    order."""
 
     def __init__(self, table: Table, shuffle: Shuffle, epoch: int, start: int) -> None:
         self._table, self._shuffle, self._epoch, self._next = table, shuffle, epoch, start
@@ -286,9 +262,9 @@ class Batches(Source):
     """Batches from a re-iterable object (a list, a loader), from a function that makes an iterator of them, or from an
     iterator, which lasts for one pass.
 
-    Batches are pytrees of arrays with equally many rows; they may differ in length, since they are cut anew. Iterators with
-    `get_state` and `set_state`, such as grain's, are resumed through these and can be read again; others are resumed by
-    reading again from the start of the epoch.
+    Batches are pytrees of arrays with equally many rows; they may differ in length, since they are cut anew. Iterators
+    with `get_state` and `set_state`, such as grain's, are resumed through these and can be read again; others are resumed
+    by reading again from the start of the epoch.
     """
 
     def __init__(self, batches: Iterable[PyTree] | Callable[[], Iterable[PyTree]]) -> None:
@@ -311,7 +287,9 @@ class Batches(Source):
 
     def open(self, shuffle: Shuffle | None, epoch: int, start: int = 0, cursor: Any = None) -> Reader:
         if shuffle is not None:
-            raise ValueError("batches come in their own order: shuffle where they are made, or give arrays or files")
+            raise ValueError(
+                "batches come in their own order: shuffle where they are made, or give arrays or files"
+            )
         reader = _InPieces(self._begin(), cursor)
         if cursor is None:
             reader.skip(start)
@@ -402,7 +380,7 @@ class _InPieces:
             return False
         if isinstance(batch, list):
             batch = tuple(batch)
-        batch = jax.tree.map(lambda leaf: _native(np.asarray(leaf)), batch)
+        batch = jax.tree.map(lambda leaf: native(np.asarray(leaf)), batch)
         leaves = jax.tree.leaves(batch)
         lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
         if len(lengths) != 1 or None in lengths:
@@ -423,28 +401,7 @@ def _decoded(state: Any) -> Any:
     return base64.b64decode(state["bytes"]) if "bytes" in state else state["data"]
 
 
-def concatenate(pieces: Sequence[PyTree]) -> PyTree:
-    """Pytrees of arrays, one below the other; arrays on a device stay there."""
-    if len(pieces) == 1:
-        return pieces[0]
-
-    def join(*leaves: Any) -> Any:
-        on_device = isinstance(leaves[0], jax.Array)
-        return jnp.concatenate(leaves) if on_device else np.concatenate(leaves)
-
-    return jax.tree.map(join, *pieces)
-
-
-def _native(array: Any) -> Any:
-    """In this machine's byte order, with numbers in it."""
-    if isinstance(array, jax.Array):
-        return array
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"):
-        raise TypeError(f"the data must be numbers, not {array.dtype}")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-
-def prefetched(items: Iterator[Any], depth: int) -> Iterator[Any]:
+def prefetched(items: Iterator[Any], depth: int) -> Generator[Any]:
     """The same items, made by a thread that is at most `depth` of them ahead. Its errors are raised here, and closing the
     generator ends the thread."""
     results: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
@@ -464,7 +421,7 @@ def prefetched(items: Iterator[Any], depth: int) -> Iterator[Any]:
                 put("item", item)
                 if stopped.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001  (raised where the items are used)
+        except BaseException as error:  # raised where the items are used
             put("error", error)
         else:
             put("end", None)
@@ -482,291 +439,3 @@ def prefetched(items: Iterator[Any], depth: int) -> Iterator[Any]:
     finally:
         stopped.set()
         thread.join()
-
-
-class _Sliced:
-    """An array that is read by slicing it: in memory, on a device, or an h5py dataset."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        self.shape: tuple[int, ...] = tuple(array.shape)
-        self.dtype = np.dtype(array.dtype)
-
-    def read(self, start: int, stop: int) -> np.ndarray | jax.Array:
-        if isinstance(self._array, jax.Array):
-            # The start is data, so that every full piece is cut by the same program.
-            return jax.lax.dynamic_slice_in_dim(self._array, start, stop - start)
-        return np.asarray(self._array[start:stop])
-
-
-class _Raw:
-    """Rows in C order in a file. Read, not mapped: mapped pages count as resident memory, and faults cost more than reads."""
-
-    def __init__(self, path: PathLike, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> None:
-        self._path, self._offset = os.fspath(path), offset
-        self.shape, self.dtype = shape, dtype
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._offset + start * size)
-            view = memoryview(rows.reshape(-1).view(np.uint8)) if rows.size else memoryview(b"")
-            while len(view):
-                count = file.readinto(view)
-                if not count:
-                    raise ValueError(f"{self._path} is shorter than its {self.shape[0]} rows")
-                view = view[count:]
-        return rows
-
-
-class _Member:
-    """An array of an `.npz` file, read as a stream: compressed or not, no more than the wanted rows are in memory. Going back
-    means to start again, and, where it is compressed, so does going forward means to decompress what lies between."""
-
-    def __init__(self, path: PathLike, name: str) -> None:
-        self._path, self._name = os.fspath(path), name
-        self._file: Any = None
-        with zipfile.ZipFile(self._path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                names = [n.removesuffix(".npy") for n in archive.namelist()]
-                raise KeyError(f"{self._path} has no array {name!r}, only {names}")
-            with archive.open(f"{name}.npy") as file:
-                self.shape, fortran, self.dtype, self._offset = _npy_header(file, self._path)
-        if fortran and len(self.shape) > 1:
-            raise ValueError(f"{self._path}: array {name!r} is in Fortran order, whose rows are not consecutive")
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
-        if self._file is None:
-            with zipfile.ZipFile(self._path) as archive:
-                self._file = archive.open(f"{self._name}.npy")
-        self._file.seek(self._offset + start * size)
-        data = self._file.read((stop - start) * size)
-        if stop == self.shape[0]:
-            self.close()
-        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
-
-    def close(self) -> None:
-        """Let go of the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            self._file.close()
-
-
-def _npy_header(file: Any, path: PathLike) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, order, dtype and the data's offset in an open `.npy` file."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is not an array in NumPy's format: {error}") from error
-    if not shape:
-        raise ValueError(f"{os.fspath(path)} is a single number: the first axis must be the rows")
-    return shape, fortran, dtype, file.tell()
-
-
-class _Joined:
-    """Shards, one below the other."""
-
-    def __init__(self, parts: Sequence[Column]) -> None:
-        rows, dtypes = {part.shape[1:] for part in parts}, {part.dtype for part in parts}
-        if len(rows) > 1 or len(dtypes) > 1:
-            raise ValueError(
-                f"shards must have rows of one shape and dtype, not of shapes {sorted(rows)} and dtypes {sorted(map(str, dtypes))}"
-            )
-        self._parts = parts
-        self._ends = list(itertools.accumulate(part.shape[0] for part in parts))
-        self.shape = (self._ends[-1], *rows.pop())
-        self.dtype = dtypes.pop()
-
-    def read(self, start: int, stop: int) -> np.ndarray | jax.Array:
-        pieces = []
-        i = bisect.bisect_right(self._ends, start)
-        while start < stop:
-            begin = self._ends[i] - self._parts[i].shape[0]
-            end = min(stop, self._ends[i])
-            if start < end:
-                pieces.append(self._parts[i].read(start - begin, end - begin))
-            start, i = end, i + 1
-        return concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
-
-
-class _ParquetColumn:
-    """A column of one Parquet file; the row group last read stays in memory."""
-
-    def __init__(self, path: PathLike, name: str) -> None:
-        parquet = optional("pyarrow.parquet")
-        self._path, self._name = os.fspath(path), name
-        self._file = parquet.ParquetFile(self._path)
-        if name not in self._file.schema_arrow.names:
-            raise KeyError(f"{self._path} has no column {name!r}, only {self._file.schema_arrow.names}")
-        metadata = self._file.metadata
-        self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._ends = list(itertools.accumulate(self.groups))
-        self._held: tuple[int, np.ndarray] | None = None
-        first = self._group(0) if self.groups else np.empty(0)
-        self.shape: tuple[int, ...] = (metadata.num_rows, *first.shape[1:])
-        self.dtype = first.dtype
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        pieces = []
-        i = bisect.bisect_right(self._ends, start)
-        while start < stop:
-            begin, end = self._ends[i] - self.groups[i], min(stop, self._ends[i])
-            if start < end:
-                pieces.append(self._group(i)[start - begin : end - begin])
-            start, i = end, i + 1
-        return np.concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
-
-    def _group(self, i: int) -> np.ndarray:
-        if self._held is None or self._held[0] != i:
-            self._held = None
-            column = self._file.read_row_group(i, columns=[self._name]).column(0).combine_chunks()
-            self._held = (i, self._values(column))
-        return self._held[1]
-
-    def _values(self, column: Any) -> np.ndarray:
-        """Lists of one length become rows of an array; missing values become NaN."""
-        pyarrow = optional("pyarrow")
-        if pyarrow.types.is_fixed_size_list(column.type):
-            rows = column.flatten().to_numpy(zero_copy_only=False)
-            return rows.reshape(len(column), column.type.list_size)
-        if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
-            lengths = set(column.value_lengths().unique().to_pylist())
-            if len(lengths) > 1:
-                raise ValueError(f"{self._path}: the lists in column {self._name!r} differ in length")
-            rows = column.flatten().to_numpy(zero_copy_only=False)
-            return rows.reshape(len(column), -1)
-        return column.to_numpy(zero_copy_only=False)
-
-
-def npy(names: PyTree) -> Table:
-    """`.npy` files. `names`: a pytree, as a batch is to be, of a path, a pattern such as `"x-*.npy"` (its files are shards, in
-    sorted order) or a list of paths.
-
-    >>> source = pk.stream.npy(("x-*.npy", "y-*.npy"))  # batches (x, y)
-    """
-    return Table(_map_names(lambda name: _joined([_npy_column(path) for path in _paths(name)]), names))
-
-
-def npz(files: PathLike | Sequence[PathLike], names: PyTree) -> Table:
-    """Arrays of `.npz` files. `files`: a path, a pattern or a list of paths, the shards; `names`: a pytree, as a batch is to
-    be, of array names in each of them.
-    """
-    paths = _paths(files)
-    return Table(_map_names(lambda name: _joined([_Member(path, name) for path in paths]), names))
-
-
-def hdf5(files: PathLike | Sequence[PathLike], names: PyTree) -> Table:
-    """Datasets of HDF5 files, through h5py (`pip install pykernels[stream]`). `files`: a path, a pattern or a list of paths, the
-    shards; `names`: a pytree, as a batch is to be, of dataset names.
-
-    >>> source = pk.stream.hdf5("run.h5", ("detector/time", "detector/counts"))
-    """
-    h5py = optional("h5py")
-    opened = [(path, h5py.File(path, "r")) for path in _paths(files)]
-
-    def column(name: str) -> Column:
-        for path, file in opened:
-            if name not in file:
-                raise KeyError(f"{path} has no dataset {name!r}, only {sorted(file)}")
-        return _joined([_Sliced(file[name]) for _, file in opened])
-
-    return Table(_map_names(column, names))
-
-
-def parquet(files: PathLike | Sequence[PathLike], names: PyTree) -> Table:
-    """Columns of Parquet files, through pyarrow (`pip install pykernels[stream]`). `files`: a path, a pattern or a list of
-    paths, the shards; `names`: a pytree, as a batch is to be, of column names. A column of lists of one length is an array
-    with that many columns; missing values are NaN. One row group is in memory at a time.
-    """
-    groups: list[int] = []
-
-    def column(name: str) -> Column:
-        parts = [_ParquetColumn(path, name) for path in _paths(files)]
-        groups.extend(itertools.chain.from_iterable(part.groups for part in parts))
-        return _joined(parts)
-
-    columns = _map_names(column, names)
-    return Table(columns, block=max(groups, default=1) or 1)
-
-
-def _map_names(function: Callable[[Any], Column], names: PyTree) -> PyTree:
-    return jax.tree.map(function, names, is_leaf=lambda leaf: isinstance(leaf, list))
-
-
-def _joined(parts: Sequence[Column]) -> Column:
-    return parts[0] if len(parts) == 1 else _Joined(parts)
-
-
-def _paths(files: PathLike | Sequence[PathLike]) -> list[PathLike]:
-    if not isinstance(files, (str, os.PathLike)):
-        paths = list(files)
-    elif Path(files).exists():
-        paths = [files]
-    else:
-        paths = list(sorted(glob.glob(os.fspath(files))))
-    if not paths:
-        raise FileNotFoundError(f"no file matches {os.fspath(files)!r}" if paths != files else "no files given")  # type: ignore[arg-type]
-    return paths
-
-
-def _npy_column(path: PathLike) -> Column:
-    with open(path, "rb") as file:
-        shape, fortran, dtype, offset = _npy_header(file, path)
-    if fortran and len(shape) > 1:
-        return _Sliced(np.load(path, mmap_mode="r"))
-    return _Raw(path, dtype, shape, offset)
-
-
-def _as_column(leaf: Any) -> Column:
-    if isinstance(leaf, Column):
-        return leaf
-    if isinstance(leaf, np.memmap):
-        return _mapped(leaf)
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype") and hasattr(leaf, "__getitem__")):
-        raise TypeError(
-            f"the data must be a pytree of arrays, but have a leaf {leaf!r}: write np.asarray(...) for lists of numbers"
-        )
-    if not leaf.shape:
-        raise ValueError("the data must be arrays whose first axis is the rows, but one is a single number")
-    return _Sliced(leaf)
-
-
-def _mapped(array: np.memmap) -> Column:
-    """A memory map's rows straight from its file, where they lie there as they are: not for views with other strides, nor for
-    copy-on-write maps, whose changes are in memory only."""
-    if not array.shape:
-        raise ValueError("the data must be arrays whose first axis is the rows, but one is a single number")
-    mapping = getattr(array, "_mmap", None)
-    if mapping is None or array.filename is None or array.mode == "c" or not array.flags.c_contiguous:
-        return _Sliced(array)
-    if array.mode != "r":
-        array.flush()  # what was written to the map is in the file now
-    # `offset` is that of the map the array is a view of; the map itself begins at a multiple of the granularity before it.
-    begin = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
-    address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
-    offset = begin + array.__array_interface__["data"][0] - address
-    column = _Raw(array.filename, array.dtype, array.shape, offset)
-    try:
-        ends = [(0, min(1, len(array))), (max(len(array) - 1, 0), len(array))]
-        same = all(column.read(*rows).tobytes() == array[slice(*rows)].tobytes() for rows in ends)
-    except (OSError, ValueError):
-        same = False
-    return column if same else _Sliced(array)  # the file was removed or replaced since
-
-
-def optional(module: str) -> Any:
-    """Import a package of the extra `stream`. Raises ImportError naming the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{module.partition('.')[0]} is needed for this: pip install 'pykernels[stream]'"
-        ) from error
