@@ -33,7 +33,7 @@ Gradient = Literal["reverse", "forward", "finite-difference"]
 NanPolicy = Literal["raise", "mask", "skip"]
 
 # What goes to the device at once, and how many of these may wait there: enough to hide the host's work, little memory.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 CHUNKS_AHEAD = 3
 PROGRAMS = 64
 
