@@ -137,7 +137,7 @@ def drained(reader, sizes):
         piece = reader.take(size)
         if piece is None:
             return jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
-        assert len(piece[0]) <= size
+        assert len(jax.tree.leaves(piece)[0]) <= size
         pieces.append(piece)
 
 
@@ -371,7 +371,7 @@ import sys
 import h5py, jax, numpy as np, pyarrow as pa, pyarrow.parquet as pq
 import pykernels as pk
 
-folder, rows = sys.argv[1], 50_000_000  # 400 MB of float64
+folder, rows = sys.argv[1], 75_000_000  # 600 MB of float64
 jax.config.update("jax_enable_x64", True)
 with open(folder + "/x.npy", "wb") as file:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (rows,)})
@@ -419,7 +419,7 @@ for name, source in sources.items():
     not Path("/proc/self/clear_refs").exists(), reason="peaks are measured through Linux's /proc"
 )
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """400 MB (npz: 2 shards of 100 MB) through less than 40 MB, whatever the source."""
+    """600 MB (npz: 2 shards of 150 MB) through less than 60 MB, whatever the source."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
@@ -427,4 +427,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert len(lines) == 6
     for name, growth, value, slope in lines:
         assert value == slope == "True", name
-        assert float(growth) < 40, (name, growth)
+        assert float(growth) < 60, (name, growth)
