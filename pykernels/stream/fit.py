@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,36 +19,37 @@ from jax.sharding import Mesh
 
 from pykernels.stream.checkpoint import Checkpoint, CheckpointError
 from pykernels.stream.columns import optional
-from pykernels.stream.gradient import (
+from pykernels.stream.loss import Loss, Model, is_unpacked, model_objective
+from pykernels.stream.passes import (
     Chunk,
     Counts,
-    Gradient,
     InFlight,
-    NanPolicy,
     NonFiniteError,
-    Objective,
     Options,
     Passes,
+    scalars,
+    sums_program,
+)
+from pykernels.stream.programs import programs, settings_of
+from pykernels.stream.source import Batches, Shuffle, as_source
+from pykernels.stream.sums import (
+    Gradient,
+    NanPolicy,
+    Objective,
     Terms,
     Totals,
     add,
     as_params,
-    batch_sums,
     compiled,
     finished,
     in_dtype_of,
-    loss_reduction,
     mean,
     own,
-    programs,
-    scalars,
     strong,
-    sums_program,
+    traced_terms,
     zero_sums,
     zero_totals,
 )
-from pykernels.stream.loss import Loss, Model, is_unpacked, model_objective
-from pykernels.stream.source import Batches, Shuffle, as_source
 
 if TYPE_CHECKING:
     from jaxtyping import ArrayLike
@@ -325,16 +325,11 @@ class _BatchUpdates:
         apply_updates = optional("optax").apply_updates
 
         def build() -> Any:
-            reduce = loss_reduction(objective.terms, "gradient", options.gradient)
+            reduction = objective.reduction(traced_terms(objective), "gradient", options.gradient)
 
-            def step(
-                state: _ByBatch, moving: jax.Array, batch: PyTree, valid: Any, index: Any, across: Any
-            ) -> _ByBatch:
+            def step(state: _ByBatch, moving: jax.Array, sums_of: Any) -> _ByBatch:
                 params, opt_state, totals = state
-                nothing = zero_sums("gradient", params)
-                sums, counts = batch_sums(
-                    reduce, params, batch, valid, index, nothing, totals.counts, options.nan, across
-                )
+                sums, counts = sums_of(reduction, params, zero_sums("gradient", params), totals.counts)
 
                 def update(_: None) -> tuple[PyTree, PyTree]:
                     value, slope = mean(sums, params)
@@ -348,7 +343,7 @@ class _BatchUpdates:
                 totals = add(totals, sums._replace(rest=None), counts)
                 return _ByBatch(params, opt_state, totals)
 
-            return compiled(step, lambda state: state.totals.counts, options.mesh)
+            return compiled(step, lambda state: state.totals.counts, options.nan, options.mesh, options.tiled)
 
         static = ("update", objective.static, options.static, settings_of(optimizer))
         self._program = programs.get(objective.functions, static, build)
@@ -508,38 +503,6 @@ def _dot(a: PyTree, b: PyTree) -> float:
 def _strong(leaf: Any) -> jax.Array:
     array = jnp.asarray(leaf)
     return array if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else strong(array)
-
-
-class _Same:
-    """A key that is equal to that of the same object only."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def settings_of(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made
-    anew for every fit; two with equal settings shall share a compiled program."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return type(value).__name__, repr(value)
-    if id(value) in seen:
-        return "itself", seen.index(id(value))
-    seen = (*seen, id(value))
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(settings_of(v, seen) for v in value)
-    if isinstance(value, dict):
-        return "dict", tuple((settings_of(k, seen), settings_of(v, seen)) for k, v in value.items())
-    if isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or ()]
-        parts = (cells, value.__defaults__, value.__kwdefaults__)
-        return _Same(value.__code__), _Same(value.__globals__), settings_of(parts, seen)
-    return _Same(value)
 
 
 @dataclass

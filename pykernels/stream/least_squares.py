@@ -21,21 +21,20 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pykernels.stream.fit import interruptions, model_params
-from pykernels.stream.gradient import (
-    Counts,
+from pykernels.stream.loss import LOSSES, Loss, Model, check_loss, residuals, x_y_weights
+from pykernels.stream.passes import Counts, NonFiniteError, Options, Passes
+from pykernels.stream.source import Shuffle, Source, Table, as_source
+from pykernels.stream.sums import (
+    Gradient,
     NanPolicy,
-    NonFiniteError,
     Objective,
-    Options,
-    Passes,
+    Reduction,
     Rows,
     Sums,
     as_params,
     common_dtype,
     ravel,
 )
-from pykernels.stream.loss import LOSSES, Loss, Model, check_loss, residuals, x_y_weights
-from pykernels.stream.source import Shuffle, Source, Table, as_source
 
 PyTree = Any
 Bounds = tuple[Any, Any]
@@ -179,12 +178,21 @@ def normal_objective(
     matrix J' (rho' + 2 z rho'') J, whose factor is kept at least a small part of rho' (Triggs et al. 2000, as in SciPy).
     """
     check_loss(loss, f_scale)
-    rho = LOSSES[loss]
 
-    def reduce(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, Rows]:
-        dtype = common_dtype(params)
+    def reduction(rows_of: Callable[[PyTree, PyTree], _Rows], kind: str, gradient: Gradient) -> Reduction:
+        del kind, gradient
+        return _normal_reduction(rows_of, LOSSES[loss], f_scale)
+
+    return Objective(rows_of, functions, ("normal", loss, f_scale, static), reduction)
+
+
+def _normal_reduction(
+    rows_of: Callable[[PyTree, PyTree], _Rows], rho: Callable[[jax.Array], jax.Array], f_scale: float
+) -> Reduction:
+    def linearized(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Residuals (rows, elements), their Jacobian (rows, elements, parameters), and weights."""
+        dtype, count = common_dtype(params), jax.tree.leaves(batch)[0].shape[0]
         flat, restore = ravel(params)
-        count = use.shape[0]
 
         def at(p: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             r, weights = rows_of(restore(p), batch)
@@ -192,28 +200,38 @@ def normal_objective(
 
         r, along, weights = jax.linearize(at, flat, has_aux=True)
         jacobian = jax.vmap(along, out_axes=-1)(jnp.eye(flat.size, dtype=flat.dtype)).astype(dtype)
-        weight = jnp.ones((count,), dtype) if weights is None else jnp.asarray(weights).astype(dtype)
-        if weight.shape != (count,):
-            raise TypeError(f"weights must be one number per row, shape ({count},), not {weight.shape}")
+        if weights is None:
+            return r, jacobian, None
+        if weights.shape != (count,):
+            raise TypeError(f"weights must be one number per row, shape ({count},), not {weights.shape}")
+        return r, jacobian, weights.astype(dtype)
+
+    def sums(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, jax.Array]:
+        r, jacobian, weights = linearized(params, batch)
+        used = jnp.broadcast_to(use[:, None], r.shape)
+        zero = jnp.zeros((), r.dtype)
+        w = jnp.ones((), r.dtype) if weights is None else weights[:, None]
         z = (r / f_scale) ** 2
         rho1, rho2 = _derivatives(rho, z)
-        finite = jnp.all(jnp.isfinite(r), axis=1) & jnp.isfinite(weight)
-        finite &= jnp.all(jnp.isfinite(jacobian), axis=(1, 2))
-        good = jnp.broadcast_to((use & finite)[:, None], r.shape)
-        zero = jnp.zeros((), dtype)
-        w = jnp.where(good, weight[:, None], zero)
-        cost = jnp.sum(jnp.where(good, w * f_scale**2 * rho(z), zero)) / 2
-        slope = jnp.where(good, w * rho1 * r, zero)
-        curvature = jnp.where(good, w * jnp.maximum(rho1 + 2 * z * rho2, 1e-10 * rho1), zero)
-        jacobian = jnp.where(good[..., None], jacobian, zero)
+        cost = jnp.sum(jnp.where(used, w * f_scale**2 * rho(z), zero)) / 2
+        slope = jnp.where(used, w * rho1 * r, zero)
+        curvature = jnp.where(used, w * jnp.maximum(rho1 + 2 * z * rho2, 1e-10 * rho1), zero)
+        jacobian = jnp.where(used[..., None], jacobian, zero)
         exactly = lax.Precision.HIGHEST
         gradient = jnp.einsum("re,ren->n", slope, jacobian, precision=exactly)
         matrix = jnp.einsum("ren,rem->nm", curvature[..., None] * jacobian, jacobian, precision=exactly)
         # The number of residuals has the place of the sum of the weights, which nobody needs here.
-        sums = Sums(cost, jnp.sum(good.astype(dtype)), (gradient, matrix))
-        return sums, Rows(jnp.ones_like(use), finite, weight != 0)
+        return Sums(cost, jnp.sum(used, dtype=r.dtype), (gradient, matrix)), jnp.bool_(True)
 
-    return Objective(reduce, functions, ("normal", loss, f_scale, static))
+    def rows(params: PyTree, batch: PyTree) -> Rows:
+        r, jacobian, weights = linearized(params, batch)
+        finite = jnp.all(jnp.isfinite(r), axis=1) & jnp.all(jnp.isfinite(jacobian), axis=(1, 2))
+        everything = jnp.ones_like(finite)
+        if weights is None:
+            return Rows(everything, finite, everything)
+        return Rows(everything, finite & jnp.isfinite(weights), weights != 0)
+
+    return Reduction(sums, rows)
 
 
 def _derivatives(rho: Callable[[jax.Array], jax.Array], z: jax.Array) -> tuple[jax.Array, jax.Array]:

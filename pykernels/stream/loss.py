@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pykernels.stream.gradient import Objective, Terms
+from pykernels.stream.sums import Objective, Terms
 
 PyTree = Any
 Model = Callable[..., Any]
