@@ -302,8 +302,8 @@ class _Updates(Protocol):
     def start(self, params: PyTree) -> PyTree:
         """Everything on the device that a checkpoint must hold."""
 
-    def run(self, state: PyTree, chunk: Chunk) -> tuple[PyTree, jax.Array]:
-        """Some batches."""
+    def run(self, state: PyTree, chunk: Chunk, size: int) -> tuple[PyTree, jax.Array]:
+        """Some batches, of so many rows."""
 
     def end_pass(self, state: PyTree, counts: Counts | None) -> tuple[PyTree, float]:
         """Behind the last batch: the next pass's state, and the mean of the terms."""
@@ -355,15 +355,17 @@ class _BatchUpdates:
             zero_totals("value", params, self._options.compensated),
         )
 
-    def run(self, state: _ByBatch, chunk: Chunk) -> tuple[_ByBatch, jax.Array]:
-        return self._program(state, np.bool_(True), chunk.data, *scalars(chunk))
+    def run(self, state: _ByBatch, chunk: Chunk, size: int) -> tuple[_ByBatch, jax.Array]:
+        return self._program(state, np.bool_(True), chunk.data, *scalars(chunk, size))
 
     def loss(self, state: _ByBatch, passes: Passes) -> float:
         """The exact loss at the state's parameters, by the program there is: the model need not be compiled again for one
         pass."""
         still, rows, queue = own(state), 0, InFlight()
         for chunk in passes.chunks():
-            still, ticket = self._program(still, np.bool_(False), chunk.data, *scalars(chunk))
+            still, ticket = self._program(
+                still, np.bool_(False), chunk.data, *scalars(chunk, passes.batch_size)
+            )
             rows += chunk.rows
             queue.add(ticket)
         passes.checked_counts(still.totals.counts, rows)
@@ -438,8 +440,8 @@ class _PassUpdates:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return _ByPass(params, state, self._zero(params), params, zeros, zeros)
 
-    def run(self, state: _ByPass, chunk: Chunk) -> tuple[_ByPass, jax.Array]:
-        totals, ticket = self._program(state.totals, state.point, chunk.data, *scalars(chunk))
+    def run(self, state: _ByPass, chunk: Chunk, size: int) -> tuple[_ByPass, jax.Array]:
+        totals, ticket = self._program(state.totals, state.point, chunk.data, *scalars(chunk, size))
         return state._replace(totals=totals), ticket
 
     def end_pass(self, state: _ByPass, counts: Counts | None) -> tuple[_ByPass, float]:
@@ -593,7 +595,7 @@ class _Fit:
         chunks = self.passes.chunks(place.epoch, place.batch, place.cursor, every)
         try:
             for chunk in chunks:
-                self.state, ticket = self.updates.run(self.state, chunk)
+                self.state, ticket = self.updates.run(self.state, chunk, self.passes.batch_size)
                 place.batch = chunk.first + chunk.batches
                 place.rows += chunk.rows
                 place.cursor = chunk.cursor

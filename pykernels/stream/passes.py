@@ -162,11 +162,8 @@ class Passes:
                 return
 
     def settle(self, wanted: int) -> None:
-        """Set the batch size: no more than there are rows, and as many on each device."""
-        devices = 1 if self.options.mesh is None else self.options.mesh.size
-        if self.source.rows is not None:
-            wanted = min(wanted, self.source.rows)
-        self.batch_size = -(-max(wanted, 1) // devices) * devices
+        """Set the batch size: no more than there are rows."""
+        self.batch_size = max(wanted if self.source.rows is None else min(wanted, self.source.rows), 1)
 
     def _chunk_length(self, batch: PyTree) -> int:
         """Batches for the device at once."""
@@ -176,6 +173,8 @@ class Passes:
 
     def _placed(self, data: PyTree, rows: int) -> PyTree:
         shape = (self._per_chunk, self.batch_size)
+        # Every device of a mesh has as many places for a batch's rows; the last ones may stay empty.
+        spare = 0 if self.options.mesh is None else -self.batch_size % self.options.mesh.size
         filled = -(-rows // self.batch_size) * self.batch_size
 
         def leaf(values: Any) -> Any:
@@ -189,7 +188,11 @@ class Passes:
                 else:
                     padding[: filled - rows] = values[:1]
                 values = library.concatenate([values, padding])
-            return values.reshape(*shape, *values.shape[1:])
+            values = values.reshape(*shape, *values.shape[1:])
+            if not spare:
+                return values
+            copies = np.broadcast_to(values[:, :1], (shape[0], spare, *values.shape[2:]))
+            return np.concatenate([values, copies], axis=1)
 
         data = jax.tree.map(leaf, data)
         if self.options.mesh is None:
@@ -212,7 +215,7 @@ class Passes:
         rows = 0
         queue = InFlight()
         for chunk in self.chunks():
-            totals, ticket = run(totals, params, chunk.data, *scalars(chunk))
+            totals, ticket = run(totals, params, chunk.data, *scalars(chunk, self.batch_size))
             rows += chunk.rows
             if queue.add(ticket) and options.nan == "raise":
                 break
@@ -244,9 +247,9 @@ class InFlight:
         return len(self._tickets) > CHUNKS_AHEAD and int(self._tickets.popleft()) >= 0
 
 
-def scalars(chunk: Chunk) -> tuple[np.ndarray, ...]:
+def scalars(chunk: Chunk, batch_size: int) -> tuple[np.int32, ...]:
     """A chunk's numbers as a program takes them."""
-    return np.int32(chunk.first), np.int32(chunk.batches), np.int32(chunk.rows)  # type: ignore[return-value]
+    return np.int32(chunk.first), np.int32(chunk.batches), np.int32(chunk.rows), np.int32(batch_size)
 
 
 def row_count(data: PyTree) -> int:

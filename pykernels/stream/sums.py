@@ -384,10 +384,10 @@ Run = Callable[..., tuple[PyTree, jax.Array]]
 def compiled(
     step: BatchStep, counts: Callable[[PyTree], DeviceCounts], nan: NanPolicy, mesh: Mesh | None, tiled: bool
 ) -> Run:
-    """One program for a chunk of batches: `run(carry, fixed, data, first, batches, rows) -> (carry, ticket)`.
+    """One program for a chunk of batches: `run(carry, fixed, data, first, batches, rows, size) -> (carry, ticket)`.
 
-    `data`: leaves of shape (batches at most, batch size, ...), of which `batches` hold `rows` rows; `first`: the number
-    of the first one. `step(carry, fixed, sums_of)` takes one batch, of which `sums_of(reduction, params, nothing,
+    `data`: leaves of shape (batches at most, places, ...), of which `batches` hold `rows` rows, each `size`, the last one
+    perhaps fewer; `first`: the number of the first one. `step(carry, fixed, sums_of)` takes one batch, of which `sums_of(reduction, params, nothing,
     counts)` gives the sums and the new counts. `carry` is donated. The ticket is there to wait for, and tells the first
     batch that was not finite, if any. On a mesh every device has its part of each batch's rows, and sums are sums over
     the mesh.
@@ -398,14 +398,20 @@ def compiled(
         return lax.psum(tree, axes) if axes else tree
 
     def run(
-        carry: PyTree, fixed: PyTree, data: PyTree, first: jax.Array, batches: jax.Array, rows: jax.Array
+        carry: PyTree,
+        fixed: PyTree,
+        data: PyTree,
+        first: jax.Array,
+        batches: jax.Array,
+        rows: jax.Array,
+        size: jax.Array,
     ) -> tuple[PyTree, jax.Array]:
         local = jax.tree.leaves(data)[0].shape[1]
         tile = _tile(data) if tiled else local
-        devices, offset = (1, 0) if mesh is None else (mesh.size, lax.axis_index(axes) * local)
+        offset = 0 if mesh is None else lax.axis_index(axes) * local
 
         def body(i: jax.Array, carry: PyTree) -> PyTree:
-            here = rows - i * (local * devices) - offset
+            here = jnp.minimum(rows - i * size, size) - offset
 
             def sums_of(
                 reduction: Reduction, params: PyTree, nothing: Sums, counts: DeviceCounts
@@ -421,7 +427,7 @@ def compiled(
         return carry, counts(carry).first
 
     if mesh is not None:
-        specs = (P(), P(), P(None, axes), P(), P(), P())
+        specs = (P(), P(), P(None, axes), P(), P(), P(), P())
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(run, donate_argnums=0)
 
