@@ -122,10 +122,11 @@ def load(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, 
             f"{path} is of a fit with other parameters or another optimizer: {', '.join(missing[:4])} in only one of them"
         )
     for name, leaf, array in zip(names, jax.tree.leaves(like), arrays, strict=True):
-        if array.shape != jnp.shape(leaf) or array.dtype != _raw(leaf).dtype:
+        raw = _raw(leaf)
+        if (array.shape, array.dtype) != (raw.shape, raw.dtype):
             raise CheckpointError(
                 f"{path} is of another fit: {name} is {array.dtype}{list(array.shape)} in it, here "
-                f"{_raw(leaf).dtype}{list(jnp.shape(leaf))}"
+                f"{raw.dtype}{list(raw.shape)}"
             )
     leaves = [_restored(array, leaf) for array, leaf in zip(arrays, jax.tree.leaves(like), strict=True)]
     return jax.tree.unflatten(tree, leaves), header["data"]

@@ -83,20 +83,27 @@ class _Same:
         return id(self.value)
 
 
-def settings_of(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made
-    anew for every fit; two with equal settings shall share a compiled program."""
+def settings_of(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made anew
+    for every fit; two with equal settings shall share a compiled program.
+    """
+    seen = {} if seen is None else seen
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value).__name__, repr(value)
-    if id(value) in seen:
-        return "itself", seen.index(id(value))
-    seen = (*seen, id(value))
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(settings_of(v, seen) for v in value)
+    if not isinstance(value, (tuple, list, dict, types.FunctionType)):
+        return _Same(value)
+    if id(value) in seen:  # functions share what they close over, and may close over themselves
+        return "seen", seen[id(value)]
+    seen[id(value)] = len(seen)
     if isinstance(value, dict):
         return "dict", tuple((settings_of(k, seen), settings_of(v, seen)) for k, v in value.items())
-    if isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or ()]
-        parts = (cells, value.__defaults__, value.__kwdefaults__)
-        return _Same(value.__code__), _Same(value.__globals__), settings_of(parts, seen)
-    return _Same(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(settings_of(v, seen) for v in value)
+    cells = (c.cell_contents if _is_filled(c) else _Same(c) for c in value.__closure__ or ())
+    return (
+        _Same(value.__code__),
+        _Same(value.__globals__),
+        tuple(settings_of(cell, seen) for cell in cells),
+        settings_of(value.__defaults__, seen),
+        settings_of(value.__kwdefaults__, seen),
+    )

@@ -360,7 +360,7 @@ def _good_sums(
             mask = good.reshape(good.shape + (1,) * (values.ndim - 1))
             return jnp.where(mask, values, lax.dynamic_index_in_dim(values, first))
 
-        filled, _ = reduction.sums(params, jax.tree.map(leaf, batch), good)
+        filled = reduction.sums(params, jax.tree.map(leaf, batch), good)[0]
         some = jax.tree.map(lambda s: jnp.where(jnp.any(good), s, jnp.zeros_like(s)), filled)
         return some, _count(valid & ~rows.ok), _count(valid & rows.ok & ~rows.finite & rows.used)
 
@@ -384,13 +384,13 @@ Run = Callable[..., tuple[PyTree, jax.Array]]
 def compiled(
     step: BatchStep, counts: Callable[[PyTree], DeviceCounts], nan: NanPolicy, mesh: Mesh | None, tiled: bool
 ) -> Run:
-    """One program for a chunk of batches: `run(carry, fixed, data, first, batches, rows, size) -> (carry, ticket)`.
+    """One program for a chunk of batches, `run(carry, fixed, data, first, batches, rows, size) -> (carry, ticket)`.
 
-    `data`: leaves of shape (batches at most, places, ...), of which `batches` hold `rows` rows, each `size`, the last one
-    perhaps fewer; `first`: the number of the first one. `step(carry, fixed, sums_of)` takes one batch, of which `sums_of(reduction, params, nothing,
-    counts)` gives the sums and the new counts. `carry` is donated. The ticket is there to wait for, and tells the first
-    batch that was not finite, if any. On a mesh every device has its part of each batch's rows, and sums are sums over
-    the mesh.
+    `data`: leaves of shape (batches at most, places, ...), of which `batches` hold `rows` rows, `size` each and the last one
+    perhaps fewer; `first`: the number of the first one. `step(carry, fixed, sums_of)` takes one batch, of which
+    `sums_of(reduction, params, nothing, counts)` gives the sums and the new counts. `carry` is donated. The ticket is there
+    to wait for, and tells the first batch that was not finite, if any. On a mesh every device has its part of each batch's
+    places, and sums are sums over the mesh.
     """
     axes = () if mesh is None else tuple(mesh.axis_names)
 
