@@ -140,14 +140,13 @@ def test_pytrees_vector_y_and_weights(updates):
         return x @ p["matrix"] + p["shift"]
 
     p0 = {"matrix": jnp.zeros((2, 3)), "shift": jnp.zeros(3)}
-    optimizer = optax.adam(optax.exponential_decay(0.1, 7 * 30, 0.1)) if updates == "batch" else None
     source = {"x": x, "y": y, "weights": weights}
-    result = fit(linear, source, p0, updates=updates, optimizer=optimizer, epochs=100, batch_size=BATCH)
+    options = {} if updates == "pass" else {"optimizer": optax.sgd(0.3)}
+    result = fit(linear, source, p0, updates=updates, epochs=60, batch_size=ROWS, **options)
     design = np.concatenate([x, np.ones((ROWS, 1))], axis=1) * np.sqrt(weights)[:, None]
     solution = np.linalg.lstsq(design, y * np.sqrt(weights)[:, None], rcond=None)[0]
-    rtol = 1e-6 if updates == "pass" else 0.05  # a mean over batches, not over rows
-    np.testing.assert_allclose(result.x["matrix"], solution[:2], rtol=rtol, atol=rtol)
-    np.testing.assert_allclose(result.x["shift"], solution[2], rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(result.x["matrix"], solution[:2], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.x["shift"], solution[2], rtol=1e-6, atol=1e-6)
 
 
 def test_robust_losses_withstand_outliers():
@@ -338,7 +337,7 @@ def test_resuming_after_every_batch_gives_the_same_bits(name, tmp_path, monkeypa
         resumed = fit_decay(data(), checkpoint=here, resume=True, **options)
         np.testing.assert_array_equal(resumed.x, expected.x)
         assert (resumed.fun, resumed.nit, resumed.counts) == (expected.fun, expected.nit, expected.counts)
-        assert [e[:4] for e in resumed.history] == [e[:4] for e in expected.history]
+        np.testing.assert_equal([e[:4] for e in resumed.history], [e[:4] for e in expected.history])
         assert resumed.nfev == expected.nfev
 
 

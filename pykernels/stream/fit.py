@@ -540,6 +540,8 @@ class _Fit:
         self._stop: int | None = None
         self._evaluate = settings.evaluate
         self._check_passes()
+        # Now, and not in the middle of a pass: a stream may have to be started anew for it.
+        self._fingerprint = self.source.fingerprint() if settings.checkpoint else ""
         if settings.updates == "batch":
             self.updates: Any = _BatchUpdates(objective, options, settings.optimizer)
         else:
@@ -592,7 +594,7 @@ class _Fit:
         checkpoint = settings.checkpoint
         every = [n for n in (settings.callback_every, checkpoint and checkpoint.every) if n]
         queue, start = InFlight(), time.monotonic()
-        chunks = self.passes.chunks(place.epoch, place.batch, place.cursor, every)
+        chunks = self.passes.chunks(place.epoch, place.batch, place.rows, place.cursor, every)
         try:
             for chunk in chunks:
                 self.state, ticket = self.updates.run(self.state, chunk, self.passes.batch_size)
@@ -718,7 +720,7 @@ class _Fit:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a fit to go on."""
         return {
-            "data": self.source.fingerprint(),
+            "data": self._fingerprint,
             "batch size": self.passes.batch_size,
             "shuffle": repr(self.options.shuffle),
             "updates": self.settings.updates,

@@ -126,14 +126,17 @@ class Passes:
         self._per_chunk = 0
 
     def chunks(
-        self, epoch: int = 0, start: int = 0, cursor: Any = None, every: Sequence[int] = ()
+        self, epoch: int = 0, start: int = 0, rows: int = 0, cursor: Any = None, every: Sequence[int] = ()
     ) -> Generator[Chunk]:
-        """The chunks of a pass from batch `start` on; every so many batches a chunk ends, for each number in `every`."""
-        made = self._chunks(epoch, start, cursor, every)
+        """The chunks of a pass from batch `start` on, behind so many rows. A chunk ends at every multiple of each number of
+        batches in `every`."""
+        made = self._chunks(epoch, start, rows, cursor, every)
         return prefetched(made, self.options.prefetch) if self.options.prefetch else made
 
-    def _chunks(self, epoch: int, start: int, cursor: Any, every: Sequence[int]) -> Generator[Chunk]:
-        reader = self.source.open(self.options.shuffle, epoch, start * self.batch_size, cursor)
+    def _chunks(
+        self, epoch: int, start: int, rows: int, cursor: Any, every: Sequence[int]
+    ) -> Generator[Chunk]:
+        reader = self.source.open(self.options.shuffle, epoch, rows, cursor)
         if not self.batch_size:
             self.settle(self.options.batch_size or reader.usual_rows())
         size, first = self.batch_size, start
