@@ -40,6 +40,10 @@ PyTree = Any
 Bounds = tuple[Any, Any]
 
 
+# A robust loss is concave in the squares of large residuals: without a lower bound outliers would make the matrix singular.
+LEAST_CURVATURE = 0.1
+
+
 class CovarianceWarning(UserWarning):
     """The covariance of the parameters could not be estimated."""
 
@@ -144,7 +148,6 @@ def least_squares(
     options = Options.of(batch_size, shuffle, prefetch, mesh, nan, "forward", compensated)
     params, unpack = model_params(p0)
     passes = Passes(as_source(source), options)
-    passes.source.check_passes(2, "least squares reads them once per iteration")
     objective = normal_objective(_rows_of(model, unpack), (model,), loss, f_scale, ("rows", unpack))
     tolerances = _Tolerances(ftol, xtol, gtol, max_passes)
     return _LevenbergMarquardt(passes, objective, params, bounds, method == "lm", tolerances).run()
@@ -175,7 +178,7 @@ def normal_objective(
     """Sums of a weighted robust cost and its normal equations, as a reduction.
 
     With a loss rho of z = (r / f_scale)^2 the cost is f_scale^2 rho(z) / 2, its gradient J' rho' r, and its Gauss-Newton
-    matrix J' (rho' + 2 z rho'') J, whose factor is kept at least a small part of rho' (Triggs et al. 2000, as in SciPy).
+    matrix J' (rho' + 2 z rho'') J (Triggs et al. 2000), whose factor is kept at least a tenth of rho'.
     """
     check_loss(loss, f_scale)
 
@@ -215,7 +218,7 @@ def _normal_reduction(
         rho1, rho2 = _derivatives(rho, z)
         cost = jnp.sum(jnp.where(used, w * f_scale**2 * rho(z), zero)) / 2
         slope = jnp.where(used, w * rho1 * r, zero)
-        curvature = jnp.where(used, w * jnp.maximum(rho1 + 2 * z * rho2, 1e-10 * rho1), zero)
+        curvature = jnp.where(used, w * jnp.maximum(rho1 + 2 * z * rho2, LEAST_CURVATURE * rho1), zero)
         jacobian = jnp.where(used[..., None], jacobian, zero)
         exactly = lax.Precision.HIGHEST
         gradient = jnp.einsum("re,ren->n", slope, jacobian, precision=exactly)
@@ -269,6 +272,7 @@ class _LevenbergMarquardt:
         self, passes: Passes, objective: Objective, params: PyTree, bounds: Bounds, damped: bool, tolerances: _Tolerances
     ) -> None:  # fmt: skip
         self._passes, self._objective, self._damped = passes, objective, damped
+        passes.source.check_passes(2, "least squares reads them once per iteration")
         flat, self._restore = ravel(params)
         self._dtype = flat.dtype
         x = np.asarray(flat, np.float64)
@@ -306,7 +310,8 @@ class _LevenbergMarquardt:
                         np.asarray(np.clip(point.x + step, self._low, self._high), self._dtype), np.float64
                     )
                     step = x - point.x
-                    if np.linalg.norm(step) <= self._tolerances.xtol * np.linalg.norm(point.x):
+                    small = np.linalg.norm(step) <= self._tolerances.xtol * np.linalg.norm(point.x)
+                    if small and damping <= 1:  # a damped step is small for another reason
                         status = 3
                         break
                     trial = self._try(x)
