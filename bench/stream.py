@@ -1,12 +1,12 @@
 """Streaming gradients beside what else there is, in one run: prints a table.
 
     python3.12 -m venv nlsq-venv && nlsq-venv/bin/pip install nlsq==0.4.2
-    python bench/stream.py --nlsq nlsq-venv/bin/python    all cases, about ten minutes on two cores, with Python 3.12 too
+    python bench/stream.py --nlsq nlsq-venv/bin/python    all cases, about ten minutes on two cores; with Python 3.12 too
     python bench/stream.py --only memmap                  the cases whose name contains "memmap"
     python bench/stream.py --quick                        a smoke test at tiny sizes, no figures worth keeping
 
-nlsq 0.4.2 runs in a process of its own, on the same data; without --nlsq its cases show our time alone. The big file is written
-to --folder (default: the system's temporary folder), and removed. Repeats of the two sides are interleaved and the medians
+nlsq 0.4.2 runs in a process of its own, on the same data; without --nlsq its cases show our time alone. The big file is
+written to --folder (default: the system's temporary folder), and removed. Repeats of the two sides are interleaved and the medians
 compared. A case whose two answers do not agree prints a line on stderr and no figures, and the exit status is 1.
 """
 
@@ -345,7 +345,7 @@ def memmap(folder: Path, rows: int, repeats: int) -> Iterator[Row]:
         here, there = _medians(lambda: run("ours"), lambda: run("read"), repeats)
         size = 16 * rows / 2**30
         yield Row(
-            f"full pass over a memmap of {size:.3g} GB, value and gradient, {max(peaks):.0f} MB above JAX loaded (at most 300)",
+            f"value and gradient over a memmap of {size:.3g} GB, {max(peaks):.0f} MB above JAX loaded (at most 300)",
             f"{size / here:.3g} GB/s", f"reading and applying the model: {size / there:.3g} GB/s", there / here, 0.7,
         )  # fmt: skip
 

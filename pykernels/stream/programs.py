@@ -84,8 +84,8 @@ class _Same:
 
 
 def settings_of(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made anew
-    for every fit; two with equal settings shall share a compiled program.
+    """What makes an optimizer this one: the functions it consists of and the numbers they close over. Optimizers are made
+    anew for every fit; two with equal settings shall share a compiled program.
     """
     seen = {} if seen is None else seen
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):

@@ -121,27 +121,26 @@ def common_dtype(params: PyTree) -> Any:
     )
 
 
-def zero_sums(kind: str, params: PyTree) -> Sums:
+def zero_sums(kind: str, params: PyTree, numpy: Any = jnp) -> Sums:
     """Nothing, in the shape of a kind of sums."""
     dtype = common_dtype(params)
-    zero = jnp.zeros((), dtype)
     rest: PyTree = None
     if kind == "gradient":
-        rest = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
+        rest = jax.tree.map(lambda p: numpy.zeros(p.shape, accumulator(p.dtype)), params)
     elif kind == "normal":
         n = sum(p.size for p in jax.tree.leaves(params))
-        rest = jnp.zeros((n,), dtype), jnp.zeros((n, n), dtype)
-    return Sums(zero, zero, rest)
+        rest = numpy.zeros((n,), dtype), numpy.zeros((n, n), dtype)
+    return Sums(numpy.zeros((), dtype), numpy.zeros((), dtype), rest)
 
 
 def zero_totals(kind: str, params: PyTree, compensated: bool | None) -> Totals:
-    """Totals before the first batch."""
+    """Totals before the first batch. They are NumPy's, which cost no dispatch."""
     if compensated is None:
-        compensated = common_dtype(params) == jnp.float32
-    sums = zero_sums(kind, params)
-    count = jnp.int32(0)
-    counts = DeviceCounts(count, count, count, count, jnp.int32(-1))
-    return own(Totals(sums, sums if compensated else None, counts))
+        compensated = common_dtype(params) == np.float32
+    low = zero_sums(kind, params, np) if compensated else None
+    zero: Any = np.zeros((), np.int32)
+    counts = DeviceCounts(zero, zero, zero, zero, zero - np.int32(1))
+    return Totals(zero_sums(kind, params, np), low, counts)
 
 
 def add(totals: Totals, sums: Sums, counts: DeviceCounts) -> Totals:
