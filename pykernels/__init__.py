@@ -1,5 +1,6 @@
 """Fused solvers for ordinary differential equations in JAX, forward and backward."""
 
+from pykernels import stream
 from pykernels.adjoint import BoundedTree, ForwardOnly, Milestones
 from pykernels.kernels.cpu import register as register_native
 from pykernels.solve import (
@@ -55,6 +56,7 @@ __all__ = [
     "rk4",
     "solve",
     "solve_ensemble",
+    "stream",
     "tsit5",
     "vern7",
 ]

@@ -200,6 +200,7 @@ assert environment == dict(os.environ) and filters == list(warnings.filters)
 assert settings == {name: getattr(jax.config, name) for name in settings}
 assert not jax.config.jax_enable_x64
 heavy = {"scipy", "diffrax", "equinox", "llvmlite", "triton", "jax_triton", "jaxtyping", "matplotlib"}
+heavy |= {"optax", "h5py", "pyarrow", "tqdm"}
 loaded = heavy & {name.partition(".")[0] for name in sys.modules}
 assert not loaded, loaded
 assert "jax.experimental.pallas" not in sys.modules
