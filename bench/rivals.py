@@ -175,9 +175,8 @@ def implicit_diffrax_program(problem: Problem, gradient: bool) -> Program:
     final = _diffrax(
         problem, diffrax.Kvaerno5(), controller, FIRST_STEP, problem.max_steps, diffrax.RecursiveCheckpointAdjoint()
     )  # fmt: skip
-    return replace(
-        _compiled(final, problem, gradient), evaluations=lambda attempts: None
-    )  # Newton's iterations are not told
+    made = _compiled(final, problem, gradient)
+    return replace(made, evaluations=lambda attempts: None)  # Newton's iterations are not told
 
 
 def odeint_program(problem: Problem, gradient: bool) -> Program:
@@ -431,7 +430,9 @@ def _written(problem: Problem) -> Written:
 
 def _one_array(problem: Problem) -> bool:
     """An array of states, arguments of each trajectory's own."""
-    return not (problem.alone or problem.shared_args) and isinstance(problem.inputs()[0], np.ndarray)
+    return not (problem.alone or problem.shared_args) and all(
+        isinstance(a, np.ndarray) and a.ndim == 2 for a in problem.inputs()
+    )
 
 
 def _adaptive(problem: Problem, gradient: bool) -> bool:

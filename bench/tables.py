@@ -25,12 +25,12 @@ WHAT = {"steps": "steps", "work and precision": "tolerance", "state size": "site
 MATCHED = (1e-4, 1e-6, 1e-8)
 #: Why another is faster where one is, by section and family; a limit of the design, not of this version.
 REASONS = {
-    "single": "A solve of some microseconds: most of it is what JAX needs to start a compiled program and to hand over its "
-    "results, and one trajectory fills one lane of a vector of eight.",
-    "large neural field": "The work is in products of large matrices, which XLA hands to its matrix library whoever asks: "
-    "there is little around them to fuse.",
-    "stiff": "Stability bounds an explicit method's steps: it makes thousands where an implicit one makes dozens. pykernels "
-    "has explicit methods only.",
+    "single": "A solve of some microseconds: most of it is what JAX needs to start a compiled program and to hand over "
+    "its results, and one trajectory fills one lane of a vector of eight.",
+    "large neural field": "The work is in products of large matrices, which XLA hands to its matrix library whoever "
+    "asks: there is little around them to fuse.",
+    "stiff": "Stability bounds an explicit method's steps: it makes thousands where an implicit one makes dozens. "
+    "pykernels has explicit methods only.",
 }
 
 
@@ -70,12 +70,12 @@ def intro(report: Report) -> str:
         f"{versions}, Python {python}; {cpu}, {cores} cores, load {load} at the start, commit {commit}; "
         f"{report.seconds:.0f} s for all of it.\n\n"
         "Every row is of a program whose states, and gradient, agree with a reference: SciPy's DOP853 at 1e-12 with its "
-        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns. `time` is the median, "
-        "`+-` half the range of the middle half of the samples, `x` how many times longer than pykernels it took. `compile` "
-        "counts tracing, lowering, compiling and the wait for machine code. `memory` is what XLA allocates beside inputs and "
-        "results; of other programs, the growth of the process. `error` is the distance from the reference, of its largest "
-        "value, in the states or the gradient, whichever is larger. `evaluations` of the field are those of the forward "
-        "solve, all trajectories together."
+        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns. `time` is the "
+        "median, `+-` half the range of the middle half of the samples, `x` how many times longer than pykernels it took. "
+        "`compile` counts tracing, lowering, compiling and the wait for machine code. `memory` is what XLA allocates beside "
+        "inputs and results; of other programs, the growth of the process. `error` is the distance from the reference, of "
+        "its largest value, in the states or the gradient, whichever is larger. `evaluations` of the field are those of the "
+        "forward solve, all trajectories together."
     )
 
 
@@ -157,7 +157,9 @@ def lost(section: str, rows: Sequence[Row]) -> list[str]:
         base = next((row for row in same if row.rival in MAIN), None)
         if base is None:
             continue
-        faster = [row for row in same if not row.rival.startswith("pykernels") and row.seconds < base.seconds]
+        faster = [
+            row for row in same if not row.rival.startswith("pykernels") and 1.05 * row.seconds < base.seconds
+        ]
         if faster:
             names = ", ".join(f"{row.rival} ({base.seconds / row.seconds:.2g} times)" for row in faster)
             said.append(f"Faster at {x:g}: {names}.")
