@@ -263,8 +263,8 @@ def neural_field(trajectories: int) -> Problem:
 
 
 def large_neural_field(trajectories: int) -> Problem:
-    """Layers of 2-256-256-2: nearly all work is in products with matrices."""
-    args = problems._perceptron_args(hidden=256)
+    """Layers of 2-128-128-2: nearly all work is in products with matrices."""
+    args = problems._perceptron_args(hidden=128)
     return Problem(
         perceptron, lambda: (perceptron_inputs(trajectories)[0], args), "float64", t1=1.0, rtol=1e-5, atol=1e-7,
         shared_args=True,

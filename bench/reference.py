@@ -32,16 +32,22 @@ class Answer:
     gradient_lanes: np.ndarray | None
 
 
-@functools.cache
 def reference(problem: Problem) -> Answer:
-    """Solves it, or one of the equal parts that its state is made of."""
+    """Solves it, or one of the equal parts that its state is made of. Problems that differ in how they are to be solved only
+    share their reference."""
     if problem.cell is None:
-        return _solved(problem)
+        return _solved(
+            Problem(
+                problem.field, problem.inputs, "float64", t1=problem.end, alone=problem.alone,
+                shared_args=problem.shared_args,
+            )
+        )  # fmt: skip
     part = reference(problem.cell)
     states = [np.tile(leaf, problem.repeats) for leaf in part.states]
     return Answer(states, [leaf * problem.repeats for leaf in part.gradient], None, None)
 
 
+@functools.cache
 def _solved(problem: Problem) -> Answer:
     y0s, args = problem.inputs()
     lanes = None

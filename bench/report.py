@@ -6,6 +6,7 @@ states and gradient agree with the reference; what is wrong is named on stderr a
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -40,6 +41,9 @@ QUICK = ("pykernels, native lanes", "pykernels", "lax.scan by hand, RK4", "SciPy
 OTHERS = ("SciPy", "torchdiffeq", "torchode", "C++ by hand")
 
 
+Series = tuple[str, str, str]  # section, case, rival
+
+
 @dataclass(frozen=True)
 class Entry:
     """`x` is what a series of entries varies: trajectories, sites, steps or the tolerance."""
@@ -68,27 +72,33 @@ class Entry:
 
 def entries(quick: bool) -> list[Entry]:
     """All of it, the more telling first: when the time is up, the others are missed less."""
-    made = [*_ensembles(quick), *_precision(quick), *_steps(quick), *_problems(quick), *_limits(quick)]
-    made += [*_sites(quick), *_devices(quick)]
+    made = [*_ensembles(quick), *_precision(quick), *_steps(quick), *_limits(quick)]
+    made += [*_sites(quick), *_devices(quick), *_problems(quick)]
     if quick:  # others take long to compile
         kept = [tuple(name for name in entry.rivals if name in QUICK) for entry in made]
         made = [replace(entry, rivals=rivals) for entry, rivals in zip(made, kept, strict=True) if rivals]
     return made
 
 
+@functools.cache
+def _problem(name: str, size: int) -> Problem:
+    """One object for all entries of a size, so that they share a reference."""
+    return PROBLEMS[name](size)
+
+
 def _ensembles(quick: bool) -> Iterator[Entry]:
     for gradient in (True, False):
         for n in (8,) if quick else (1, 16, 256, 1_024, 4_096, 16_384, 131_072, 1_048_576):
-            rivals = OURS if n <= 1_024 else ("pykernels, native lanes", "pykernels, portable lanes")
             if n <= 16_384:
-                rivals = (*rivals, *JAX, *OTHERS)
+                ours = OURS if n in (8, 16, 1_024, 16_384) else OURS[:1]
+                rivals = (*ours, *JAX, *OTHERS)
             elif n == 1_048_576:
                 rivals = ("pykernels, native lanes", "C++ by hand")
             else:
                 rivals = ("pykernels, native lanes", "C++ by hand", "lax.scan by hand, RK4")
             # The best of diffrax's checkpoint settings at the size most quoted; elsewhere its default.
             settings = (None, 8, 16, 32, 64) if n == 1_024 and not quick else (None,)
-            problem = replace(PROBLEMS["Lorenz"](n), checkpoints=settings)
+            problem = replace(_problem("Lorenz", n), checkpoints=settings)
             yield Entry("ensemble size", "Lorenz", n, problem, gradient, rivals)
 
 
@@ -97,7 +107,7 @@ def _precision(quick: bool) -> Iterator[Entry]:
     for gradient in (True,) if quick else (True, False):
         for digits in (5,) if quick else (3, 5, 7, 9):
             problem = replace(
-                PROBLEMS["Lorenz"](n), rtol=10.0**-digits, atol=10.0 ** -(digits + 3), checkpoints=(None,),
+                _problem("Lorenz", n), rtol=10.0**-digits, atol=10.0 ** -(digits + 3), checkpoints=(None,),
                 hand_steps=round(24 * 10 ** ((digits - 3) / 4)),  # of fourth order
             )  # fmt: skip
             yield Entry(
@@ -110,7 +120,7 @@ def _steps(quick: bool) -> Iterator[Entry]:
     rivals = ("pykernels, native lanes", "pykernels, portable lanes", "lax.scan by hand, RK4", "diffrax")
     for gradient in (True, False):
         for n in (64,) if quick else (100, 1_000, 10_000, 100_000, 1_000_000):
-            yield Entry("steps", "long horizon", n, PROBLEMS["long horizon"](n), gradient, rivals)
+            yield Entry("steps", "long horizon", n, _problem("long horizon", n), gradient, rivals)
 
 
 def _problems(quick: bool) -> Iterator[Entry]:
@@ -127,11 +137,11 @@ def _problems(quick: bool) -> Iterator[Entry]:
     for name in names[-1:] if quick else names:
         for gradient in (False,) if quick else (True, False):
             rivals = (*OURS[:1], *JAX) if gradient else (OURS[0], "lax.scan by hand, RK4", "diffrax")
-            problem = replace(PROBLEMS[name](n), checkpoints=(None,))
+            problem = replace(_problem(name, n), checkpoints=(None,))
             yield Entry("problems", name, n, problem, gradient, rivals)
     for dtype in () if quick else ("float32",):
         for gradient in (True, False):
-            problem = replace(PROBLEMS["Lorenz"](n), dtype=dtype, checkpoints=(None,), rtol=1e-5, atol=1e-5)
+            problem = replace(_problem("Lorenz", n), dtype=dtype, checkpoints=(None,), rtol=1e-5, atol=1e-5)
             yield Entry(
                 "problems", "Lorenz", n, problem, gradient, (*OURS[:1], "lax.scan by hand, RK4", "diffrax")
             )
@@ -145,20 +155,20 @@ def _limits(quick: bool) -> Iterator[Entry]:
         ("stiff", 16, False, ("pykernels", "diffrax", "diffrax, Kvaerno5", "SciPy")),
     ):
         if not quick or (name, gradient) == ("single", False):
-            problem = replace(PROBLEMS[name](n), checkpoints=(None,))
+            problem = replace(_problem(name, n), checkpoints=(None,))
             yield Entry("limits", name, n, problem, gradient, rivals)
 
 
 def _sites(quick: bool) -> Iterator[Entry]:
     for n in (64,) if quick else (4, 64, 1_024, 16_384, 131_072, 1_048_576):
         rivals = ("pykernels", "diffrax")
-        yield Entry("state size", "ring", n, replace(PROBLEMS["ring"](n), checkpoints=(None,)), False, rivals)
+        yield Entry("state size", "ring", n, replace(_problem("ring", n), checkpoints=(None,)), False, rivals)
 
 
 def _devices(quick: bool) -> Iterator[Entry]:
     for n in (16,) if quick else (1_024, 16_384, 131_072):
         rivals = ("pykernels, 1 device", "pykernels, 2 devices")
-        yield Entry("devices", "Lorenz", n, PROBLEMS["Lorenz"](n), True, rivals)
+        yield Entry("devices", "Lorenz", n, _problem("Lorenz", n), True, rivals)
 
 
 # Measuring.
@@ -177,7 +187,7 @@ def run(
     report = Report(setting(PACKAGES), quick=quick)
     print(", ".join(f"{key} {value}" for key, value in report.setting.items()), flush=True)
     usual: dict[str, float] = {}
-    slow: set[tuple[str, str, str]] = set()
+    ended: dict[Series, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for entry in entries(quick):
         if only not in str(entry):
@@ -186,7 +196,7 @@ def run(
         def left() -> float:
             return budget - (time.perf_counter() - started)
 
-        measure(entry, report, left, usual, slow, rivals)
+        measure(entry, report, left, usual, ended, rivals)
         report.seconds = round(time.perf_counter() - started, 1)
         write(report, folder / "report.json")
     report.laws = laws(report)
@@ -216,29 +226,29 @@ def measure(
     report: Report,
     left: Callable[[], float],
     usual: dict[str, float],
-    slow: set[tuple[str, str, str]],
+    ended: dict[Series, str],
     rivals: Mapping[str, Rival] = RIVALS,
 ) -> None:
-    """Adds a row for each rival of an entry whose answer is right."""
+    """Adds a row for each rival of an entry whose answer is right. `ended`: who has dropped out of a series, and why."""
     right: list[tuple[Row, Program, float]] = []
     for name in entry.rivals:
         rival, series = rivals[name], (entry.section, entry.case, name)
         if not rival.enters(entry.problem, entry.gradient):
             continue
-        if series in slow:
-            report.leave_out(
-                f"{entry.section}, {entry.case}, {name}: sizes beyond one that took {SLOW_SECONDS:g} s"
-            )
+        if series in ended:
+            report.leave_out(f"{entry.section}, {entry.case}, {name}: the rest, as {ended[series]}")
             continue
         if left() < usual.get(f"{name} {entry.kind}", 5.0):
             report.leave_out(f"{entry}, {name}: the time is up")
             continue
         seconds, made = timed(lambda rival=rival: _proved(entry, rival, report))
         usual[f"{name} {entry.kind}"] = max(seconds, usual.get(f"{name} {entry.kind}", 0.0))
-        if made is not None:
-            right.append(made)
-            if made[2] > SLOW_SECONDS:
-                slow.add(series)
+        if made is None:
+            ended[series] = f"{entry.x:g} gave no answer that is right"
+            continue
+        right.append(made)
+        if made[2] > SLOW_SECONDS:
+            ended[series] = f"{entry.x:g} took more than {SLOW_SECONDS:g} s"
     if not right:
         return
     repeats = 3 if report.quick else REPEATS

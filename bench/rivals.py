@@ -440,7 +440,9 @@ def _adaptive(problem: Problem, gradient: bool) -> bool:
 
 
 def _in_torch(problem: Problem, gradient: bool) -> bool:
-    return problem.written is not None and FIELDS[problem.written].torch is not None and problem.lanes <= 4096
+    return (
+        problem.written is not None and FIELDS[problem.written].torch is not None and problem.lanes <= 1_024
+    )
 
 
 #: All of them, pykernels first.

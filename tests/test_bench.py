@@ -78,7 +78,7 @@ def measured(rival: rivals.Rival) -> results.Report:
         "problems", "Lorenz", LANES, cases.PROBLEMS["Lorenz"](LANES), True, (RIGHT, rival.name)
     )
     right = rivals.Rival(RIGHT, lambda problem, gradient: program())
-    report.measure(entry, made, lambda: 600.0, {}, set(), {RIGHT: right, rival.name: rival})
+    report.measure(entry, made, lambda: 600.0, {}, {}, {RIGHT: right, rival.name: rival})
     return made
 
 
