@@ -327,7 +327,7 @@ def stiff(trajectories: int) -> Problem:
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "Lorenz": lorenz_ensemble,
     "Lotka-Volterra": lambda n: around(problems.LOTKA_VOLTERRA, n, hand_steps=128),
-    "SIR": lambda n: around(problems.SIR, n),
+    "SIR": lambda n: around(problems.SIR, n, hand_steps=160),
     "Kepler": lambda n: around(problems.KEPLER, n, hand_steps=160, scale=0.02),
     "12 dense states": lambda n: Problem(
         dense(12), lambda: dense_inputs(12, n), "float64", t1=3.0, atol=1e-9

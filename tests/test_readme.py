@@ -147,6 +147,8 @@ def test_every_exported_method_is_listed() -> None:
 
 
 def test_links_to_files_resolve() -> None:
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
     for text in (README, *(page.read_text() for page in PAGES)):
         for name in re.findall(r"`((?:[a-z_.]+/)?[A-Za-z_]+\.(?:py|md|csv|toml))`", text):
             places = (ROOT / name, ROOT / "pykernels" / name)
