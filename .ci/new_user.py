@@ -4,7 +4,8 @@
 
 Runs the README's commands for setting up, with this Python and this folder for the environment, which is made anew (with
 REQUIREMENT in the place of what the README installs), then the README's quick start and the guide's first page, each in a
-process of its own outside of the repository, with an empty cache. Fails if something does, or after five minutes.
+process of its own outside of the repository, with an empty cache. Fails if something does, or if it takes more than five
+minutes of a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -61,9 +62,18 @@ def main() -> int:
             run([str(venv / "bin" / "python"), "-W", "error", "-c", code], Path(folder))
     seconds = time.monotonic() - start
     print(f"a gradient of an ensemble after {seconds:.0f} s", flush=True)
-    if seconds > LIMIT:
-        print(f"more than {LIMIT:g} s", file=sys.stderr)
-    return 0 if seconds <= LIMIT else 1
+    if seconds <= LIMIT:
+        return 0
+    print(f"more than {LIMIT:g} s", file=sys.stderr)
+    if load() > 2 * (os.cpu_count() or 1):
+        print("which says nothing: others use this machine", file=sys.stderr)
+        return 0
+    return 1
+
+
+def load() -> float:
+    """How many processes wanted a processor, over five minutes."""
+    return os.getloadavg()[1] if hasattr(os, "getloadavg") else 0.0
 
 
 def run(words: list[str], folder: Path) -> None:
