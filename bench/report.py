@@ -182,7 +182,7 @@ def run(
     rivals: Mapping[str, Rival] = RIVALS,
 ) -> Report:
     """Measures the entries whose name contains `only` and writes JSON, Markdown and figures into `folder`."""
-    _prepare()
+    _prepare(quick)
     started = time.perf_counter()
     report = Report(setting(PACKAGES), quick=quick)
     print(", ".join(f"{key} {value}" for key, value in report.setting.items()), flush=True)
@@ -211,13 +211,13 @@ def publish(report: Report, folder: Path) -> None:
     (folder / "report.md").write_text(tables.page(report, figures.draw(report, folder)))
 
 
-def _prepare() -> None:
+def _prepare(quick: bool) -> None:
     """float64; several devices, which share the cores, so that `shard_map` has something to split over; compile times of a
     first run."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
     cpu.compiler.cache = cpu.DiskCache(None)
-    for _ in range(2):  # the first program of a process pays for things that are no program's own
+    for _ in range(1 if quick else 2):  # the first program of a process pays for things that are no program's own
         RIVALS["lax.scan by hand, RK4"].build(PROBLEMS["single"](1), False).run()
 
 
