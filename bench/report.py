@@ -217,7 +217,8 @@ def _prepare(quick: bool) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
     cpu.compiler.cache = cpu.DiskCache(None)
-    for _ in range(1 if quick else 2):  # the first program of a process pays for things that are no program's own
+    # The first program of a process pays for things that are no program's own.
+    for _ in range(1 if quick else 2):
         RIVALS["lax.scan by hand, RK4"].build(PROBLEMS["single"](1), False).run()
 
 
