@@ -1,23 +1,22 @@
-"""The benchmark's problems, each as one compiled program of pykernels and one of diffrax that do the same work.
+"""The registry of what is measured: problems, most of them `tests/problems.py`'s, at any size, and the cases made of them.
 
-Both libraries get the same field, method (tsit5), tolerances, first step and loss. A comparison is only worth its time if
-both answers are right, so every pair passes `disagreement` before it is timed.
+`cases()` are the rows of `side_by_side.py`; `PROBLEMS` are the families that `report.py` takes its entries from.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pykernels as pk
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import problems
 
 Field = Callable[[Any, Any, Any], Any]
 
@@ -37,6 +36,10 @@ class Problem:
     `field` makes a new field function, so that a compile time never profits from an earlier trace. `inputs` are NumPy
     (y0s, args) in float64 with trajectories first; `shared_args` have no trajectory axis; `alone` is a single trajectory.
     With `fixed_steps` of size `fixed_step` nothing is adaptive and `t1`, `rtol`, `atol` do not matter.
+
+    `hand_steps`: how many steps of the classical Runge-Kutta method reach a similar error. `written`: the name under which
+    `written.py` has the field for others than JAX. `stiff`: implicit methods enter too. If the state repeats itself
+    `repeats` times along its only axis, `cell` is the problem of one of them: its solution is known at any size.
     """
 
     field: Callable[[], Field]
@@ -49,6 +52,28 @@ class Problem:
     fixed_step: float = FIXED_STEP
     shared_args: bool = False
     alone: bool = False
+    max_steps: int = 4096
+    hand_steps: int = 64
+    checkpoints: tuple[int | None, ...] = (
+        CHECKPOINTS  # tried for diffrax's gradient, of which the fastest counts
+    )
+    written: str | None = None
+    stiff: bool = False
+    cell: Problem | None = None
+    repeats: int = 1
+
+    @property
+    def accepted_error(self) -> float:
+        """How far states and gradients may be from the reference, of its largest value, before a program counts as wrong: a
+        thousand times the tolerance of a step, as errors add up and grow; never more than 5 %. Fixed steps are so small that
+        their errors are below that too."""
+        rounding = 1e3 * float(np.finfo(self.dtype).eps)
+        return max(min(1e3 * (self.rtol if self.fixed_steps is None else 1e-8), 0.05), rounding)
+
+    @property
+    def lanes(self) -> int:
+        """The number of trajectories."""
+        return 1 if self.alone else len(jax.tree.leaves(self.inputs()[0])[0])
 
     @property
     def end(self) -> float:
@@ -75,21 +100,13 @@ class Case:
     checkpoints: tuple[int | None, ...] = CHECKPOINTS  # tried for diffrax's gradient
 
 
-@dataclass(frozen=True)
-class Program:
-    """A compiled program with its inputs. `run` waits for the result: ((loss or None, (ys, attempts)), gradient or None)."""
-
-    run: Callable[[], Any]
-    compile_seconds: float
-    temporary_bytes: int
+def anew(problem: problems.Problem) -> Callable[[], Field]:
+    """A problem's field as a new function each time."""
+    return lambda: lambda t, y, args: problem.field(t, y, args)
 
 
-def lorenz() -> Field:
-    def field(t: Any, y: Any, p: Any) -> Any:
-        del t
-        return jnp.stack([p[0] * (y[1] - y[0]), y[0] * (p[1] - y[2]) - y[1], y[0] * y[1] - p[2] * y[2]])
-
-    return field
+lorenz = anew(problems.LORENZ)
+perceptron = anew(problems.PERCEPTRON)
 
 
 def lorenz_inputs(trajectories: int) -> tuple[Any, Any]:
@@ -117,28 +134,12 @@ def dense_inputs(states: int, trajectories: int) -> tuple[Any, Any]:
     return rng.normal(size=(trajectories, states)), rng.uniform(0.5, 1.5, size=(trajectories, states))
 
 
-def perceptron() -> Field:
-    def field(t: Any, y: Any, layers: Any) -> Any:
-        del t
-        for weight, bias in layers[:-1]:
-            y = jnp.tanh(weight @ y + bias)
-        weight, bias = layers[-1]
-        return weight @ y + bias
-
-    return field
-
-
 def perceptron_inputs(trajectories: int) -> tuple[Any, Any]:
-    rng = np.random.default_rng(3)
-    sizes = (2, 16, 16, 2)
-    layers = [
-        (rng.normal(size=(m, n)) / np.sqrt(n), 0.1 * rng.normal(size=m)) for n, m in itertools.pairwise(sizes)
-    ]
-    return rng.normal(size=(trajectories, 2)), layers
+    return np.random.default_rng(3).normal(size=(trajectories, 2)), problems.PERCEPTRON.args()
 
 
 def one_lorenz() -> tuple[Any, Any]:
-    return np.array([1.0, 0.0, 0.0]), np.array([10.0, 14.0, 8 / 3])
+    return problems.LONG_HORIZON.y0(), problems.LONG_HORIZON.args()
 
 
 def cases() -> list[Case]:
@@ -224,108 +225,119 @@ def selected(only: str = "", quick: bool = False) -> list[Case]:
     ]
 
 
-def pykernels_program(problem: Problem, gradient: bool, config: pk.Config | None = None) -> Program:
-    """pykernels with its default adjoint and, unless told otherwise, its own choice of how to run."""
-    field = problem.field()
-    adaptive = problem.fixed_steps is None
-    settings: dict[str, Any] = {
-        "step": pk.Adaptive(problem.rtol, problem.atol) if adaptive else pk.Fixed(problem.fixed_steps),
-        "dt0": FIRST_STEP if adaptive else None,
-        "config": config,
-    }
-
-    def final(y0s: Any, args: Any) -> Any:
-        if problem.alone:
-            solution = pk.solve(field, y0s, 0.0, problem.end, args, **settings)
-        else:
-            in_axes = (0, None if problem.shared_args else 0)
-            solution = pk.solve_ensemble(field, y0s, 0.0, problem.end, args, in_axes=in_axes, **settings)
-        return solution.ys, solution.stats.attempts
-
-    return _compiled(final, problem, gradient)
+def lorenz_ensemble(trajectories: int) -> Problem:
+    """Parameters from a stable to an almost chaotic system."""
+    return Problem(
+        lorenz, lambda: lorenz_inputs(trajectories), "float64", t1=1.0, atol=1e-9, hand_steps=128, written="lorenz"
+    )  # fmt: skip
 
 
-def diffrax_program(problem: Problem, gradient: bool, checkpoints: int | None = None) -> Program:
-    """diffrax under `jax.vmap`, with its checkpointed adjoint; `checkpoints` matters to gradients only."""
-    term = diffrax.ODETerm(problem.field())
-    if problem.fixed_steps is None:
-        controller = diffrax.PIDController(rtol=problem.rtol, atol=problem.atol)
-        first, max_steps = FIRST_STEP, 4096
-    else:
-        controller = diffrax.ConstantStepSize()
-        first, max_steps = problem.fixed_step, problem.fixed_steps
+def around(
+    problem: problems.Problem, trajectories: int, *, hand_steps: int = 64, scale: float = 0.05
+) -> Problem:
+    """Trajectories around one of the tests' problems, with arguments of their own."""
 
-    def one(y0: Any, args: Any) -> Any:
-        solution = diffrax.diffeqsolve(
-            term, diffrax.Tsit5(), 0.0, problem.end, first, y0, args,
-            stepsize_controller=controller, max_steps=max_steps, throw=False,
-            adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints),
-        )  # fmt: skip
-        values = solution.ys
-        assert values is not None
-        return values[0], solution.stats["num_steps"]
-
-    final = one if problem.alone else jax.vmap(one, in_axes=(0, None if problem.shared_args else 0))
-    return _compiled(final, problem, gradient)
-
-
-def _compiled(final: Callable[[Any, Any], Any], problem: Problem, gradient: bool) -> Program:
-    """Trace, lower and compile with nothing left in JAX's caches, which is what a user waits for."""
-
-    def loss(args: Any, y0s: Any) -> Any:
-        ys, attempts = final(y0s, args)
-        return jnp.sum(ys**2), (ys, attempts)
-
-    def forward(args: Any, y0s: Any) -> Any:
-        return (None, final(y0s, args)), None
-
-    # float32 programs are traced with float64 off, as their users would run them.
-    with jax.enable_x64(problem.dtype == "float64"):
-        y0s, args = problem.arrays()
-        jax.clear_caches()
-        start = time.perf_counter()
-        compiled = (
-            jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else forward)
-            .lower(args, y0s)
-            .compile()
+    def inputs() -> tuple[Any, Any]:
+        return problems.spread(problem.y0(), trajectories, scale), problems.spread(
+            problem.args(), trajectories, scale, 1
         )
-        seconds = time.perf_counter() - start
 
-    def run() -> Any:
-        return jax.block_until_ready(compiled(args, y0s))
-
-    return Program(run, seconds, compiled.memory_analysis().temp_size_in_bytes)
+    return Problem(anew(problem), inputs, "float64", t1=problem.t1, atol=1e-9, hand_steps=hand_steps)
 
 
-def disagreement(case: Case, ours: Any, theirs: Any) -> str | None:
-    """Why the two results of a case may not be compared, None if they may.
+def divergent(trajectories: int) -> Problem:
+    """Frequencies, and so numbers of steps, that spread twentyfold, in no order."""
 
-    They must have made the same attempts: exactly in float64, where both follow the same decisions, and within
-    2 % in float32, where rounding may turn a borderline one. In float64 the results agree to 1e-9 of the largest
-    value (both round differently, and some trajectories amplify that). In float32 each is held against the
-    float64 solution with the same settings: ours may be no further from it than three times diffrax's distance,
-    or 32 roundings.
-    """
-    attempts, their_attempts = (int(np.sum(np.asarray(result[0][1][1]))) for result in (ours, theirs))
-    is_double = case.problem.dtype == "float64"
-    if abs(attempts - their_attempts) > (0 if is_double else 0.02 * their_attempts):
-        return f"different work: {attempts} attempts here, {their_attempts} in diffrax"
-    mine, other = _values(ours), _values(theirs)
-    if not all(np.all(np.isfinite(a)) for a in (*mine, *other)):
-        return "not finite"
-    if is_double:
-        distances = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(mine, other, strict=True)]
-        return f"distance from diffrax {max(distances):.1e}" if max(distances) > 1e-9 else None
-    exact = _values(diffrax_program(replace(case.problem, dtype="float64"), case.gradient).run())
-    for a, b, c in zip(mine, other, exact, strict=True):
-        scale = np.max(np.abs(c))
-        error, their_error = np.max(np.abs(a - c)) / scale, np.max(np.abs(b - c)) / scale
-        if error > max(3 * their_error, 32 * np.finfo(np.float32).eps):
-            return f"error {error:.1e}, diffrax's {their_error:.1e}"
-    return None
+    def inputs() -> tuple[Any, Any]:
+        omega = np.random.default_rng(0).permutation(np.geomspace(1.0, 20.0, trajectories))
+        return np.tile(problems.DIVERGENT.y0(), (trajectories, 1)), omega
+
+    return Problem(anew(problems.DIVERGENT), inputs, "float64", t1=10.0, atol=1e-9, hand_steps=2048)
 
 
-def _values(result: Any) -> list[np.ndarray]:
-    """Loss, final states and gradient as float64 arrays."""
-    (loss, (ys, _)), gradient = result
-    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves((loss, ys, gradient))]
+def neural_field(trajectories: int) -> Problem:
+    """A perceptron whose weights all trajectories share: its gradient is a sum over them."""
+    return Problem(
+        perceptron, lambda: perceptron_inputs(trajectories), "float64", t1=4.0, atol=1e-9, shared_args=True
+    )
+
+
+def large_neural_field(trajectories: int) -> Problem:
+    """Layers of 2-128-128-2: nearly all work is in products with matrices."""
+    args = problems._perceptron_args(hidden=128)
+    return Problem(
+        perceptron, lambda: (perceptron_inputs(trajectories)[0], args), "float64", t1=1.0, rtol=1e-5, atol=1e-7,
+        shared_args=True,
+    )  # fmt: skip
+
+
+def fisher_ensemble(trajectories: int) -> Problem:
+    """Rings of 16 sites."""
+
+    def inputs() -> tuple[Any, Any]:
+        y0 = problems.fisher_wave(16)
+        return problems.spread(y0, trajectories), problems.spread(
+            problems.REACTION_DIFFUSION.args(), trajectories
+        )
+
+    return Problem(anew(problems.REACTION_DIFFUSION), inputs, "float64", t1=2.0, atol=1e-9, hand_steps=32)
+
+
+def fisher_ring(sites: int) -> Problem:
+    """One ring, of any number of sites."""
+
+    def inputs() -> tuple[Any, Any]:
+        return problems.fisher_wave(sites), problems.REACTION_DIFFUSION.args()
+
+    repeats = max(sites // 64, 1)
+    return Problem(
+        anew(problems.REACTION_DIFFUSION), inputs, "float64", t1=2.0, atol=1e-9, alone=True, hand_steps=32,
+        cell=fisher_ring(64) if repeats > 1 else None, repeats=repeats, max_steps=256,
+    )  # fmt: skip
+
+
+def long_horizon(steps: int) -> Problem:
+    """One trajectory over so many fixed steps."""
+    return Problem(
+        lorenz, one_lorenz, "float64", fixed_steps=steps, fixed_step=SMALL_FIXED_STEP, alone=True, hand_steps=steps,
+        max_steps=steps, checkpoints=(None,),
+    )  # fmt: skip
+
+
+def single(_: int = 1) -> Problem:
+    """One Lorenz trajectory, so little work that what surrounds a solve decides."""
+    return Problem(
+        lorenz, one_lorenz, "float64", t1=1.0, atol=1e-9, alone=True, hand_steps=128, written="lorenz"
+    )
+
+
+def stiff(trajectories: int) -> Problem:
+    """Time constants of about 1e-4 over a span of 2: stability, not accuracy, bounds explicit methods' steps."""
+
+    def inputs() -> tuple[Any, Any]:
+        return np.zeros((trajectories, 1)), problems.spread(problems.STIFF.args(), trajectories)
+
+    return Problem(
+        anew(problems.STIFF), inputs, "float64", t1=2.0, atol=1e-6, hand_steps=8192, max_steps=16384, stiff=True,
+        written="stiff",
+    )  # fmt: skip
+
+
+#: Families of problems by name: each makes the problem of so many trajectories ("long horizon": steps; "ring": sites).
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
+    "Lorenz": lorenz_ensemble,
+    "Lotka-Volterra": lambda n: around(problems.LOTKA_VOLTERRA, n, hand_steps=128),
+    "SIR": lambda n: around(problems.SIR, n, hand_steps=160),
+    "Kepler": lambda n: around(problems.KEPLER, n, hand_steps=160, scale=0.02),
+    "12 dense states": lambda n: Problem(
+        dense(12), lambda: dense_inputs(12, n), "float64", t1=3.0, atol=1e-9
+    ),
+    "divergent": divergent,
+    "neural field": neural_field,
+    "reaction-diffusion": fisher_ensemble,
+    "long horizon": long_horizon,
+    "ring": fisher_ring,
+    "single": single,
+    "large neural field": large_neural_field,
+    "stiff": stiff,
+}

@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    from cases import selected
+    from bench.cases import selected
 
     if "case" in metafunc.fixturenames:
         chosen = selected(quick=metafunc.config.getoption("--quick"))

@@ -41,8 +41,11 @@ import numpy as np
 
 import pykernels as pk
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import problems
+
+from bench.timing import in_bytes, in_seconds, timed
 
 BUDGET_SECONDS = 520.0
 # The numerical suite may take so much of it. What is left then may be waited for references, to such a part: while they are
@@ -386,12 +389,6 @@ def compiled(
     return Program(run, seconds, program.memory_analysis().temp_size_in_bytes)
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
-
-
 # Checks.
 
 
@@ -592,7 +589,7 @@ def measure(case: Case, report: Report, budget: Budget, references: References) 
     sampled = samples([program for _, program in right], min(CASE_SECONDS, budget.left()))
     for (row, program), seconds in zip(right, sampled, strict=True):
         row.samples, row.median_seconds = len(seconds), statistics.median(seconds) + program.overhead
-        print(f"{case}, {row.entrant}: {_time(row.median_seconds)}", flush=True)
+        print(f"{case}, {row.entrant}: {in_seconds(row.median_seconds)}", flush=True)
 
 
 def samples(programs: Sequence[Program], seconds: float) -> list[list[float]]:
@@ -707,7 +704,7 @@ def table(report: Report) -> str:
     for row in sorted(report.rows, key=lambda r: (r.case.split()[0], r.dtype, r.kind, r.lanes, r.entrant)):
         lines.append(f"| {' | '.join(_cells(row))} |")
     peak = max((row.peak_bytes or 0 for row in (*report.suite, *report.rows)), default=0)
-    lines += ["", f"Device memory, at most: {_bytes(peak) if peak else 'not known'}."]
+    lines += ["", f"Device memory, at most: {in_bytes(peak) if peak else 'not known'}."]
     lines += [f"Skipped: {what}." for what in report.skipped]
     return "\n".join(lines)
 
@@ -716,25 +713,11 @@ def _cells(row: Row) -> list[str]:
     head = [row.case, row.dtype, row.kind, row.entrant]
     if row.median_seconds is None:
         return [*head, f"none: {row.reason or 'not timed'}", "", "", "", "", ""]
-    times = [_time(row.median_seconds), f"{row.median_seconds / row.lanes * 1e9:.3g}"]
-    compile_time = "" if row.compile_seconds is None else _time(row.compile_seconds)
-    size = "" if row.temporary_bytes is None else _bytes(row.temporary_bytes)
+    times = [in_seconds(row.median_seconds), f"{row.median_seconds / row.lanes * 1e9:.3g}"]
+    compile_time = "" if row.compile_seconds is None else in_seconds(row.compile_seconds)
+    size = "" if row.temporary_bytes is None else in_bytes(row.temporary_bytes)
     attempts = "" if row.attempts is None else f"{row.attempts[0]} to {row.attempts[1]}"
     return [*head, *times, compile_time, size, f"{row.error:.1e}", attempts]
-
-
-def _time(seconds: float) -> str:
-    return _in_units(seconds, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)))
-
-
-def _bytes(count: int) -> str:
-    return _in_units(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
-
-
-def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
-    """In the first unit of which it is at least one, else in the last."""
-    unit, scale = next((u for u in units if value >= u[1]), units[-1])
-    return f"{value / scale:.3g} {unit}"
 
 
 if __name__ == "__main__":

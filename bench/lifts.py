@@ -9,13 +9,18 @@ solve (float32) and of the gradient (float64) of 1,024 trajectories. The last co
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
-from cases import Problem, Program, dense, dense_inputs, lorenz, lorenz_inputs, pykernels_program
 
 import pykernels as pk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.cases import Problem, dense, dense_inputs, lorenz, lorenz_inputs
+from bench.rivals import Program, pykernels_program
 
 TRAJECTORIES = 1_024
 PROBLEMS = {

@@ -7,23 +7,27 @@ to machine code in a first and in a second process, and its gradient against gra
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import FIRST_STEP, Problem, dense, dense_inputs, lorenz, lorenz_inputs, pykernels_program
 
 import pykernels as pk
 from pykernels.kernels import cpu
 from pykernels.kernels.body import Kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.cases import FIRST_STEP, Problem, dense, dense_inputs, lorenz, lorenz_inputs
+from bench.rivals import Unavailable, gradsolve_program, pykernels_program
+from bench.timing import timed
 
 REPEATS = 9
 COMPILED = {
@@ -137,52 +141,20 @@ def processes(name: str) -> None:
 
 
 def gradsolve() -> None:
-    if importlib.util.find_spec("gradsolve") is None:
-        print("gradsolve is not installed")
+    problem = Problem(lorenz, lambda: lorenz_inputs(8_192), "float64", t1=1.0, atol=1e-9)
+    try:
+        theirs = gradsolve_program(problem, gradient=True)
+    except Unavailable as why:
+        print(why)
         return
-    import gradsolve as library
-
-    lanes = 8_192
-    problem = Problem(lorenz, lambda: lorenz_inputs(lanes), "float64", t1=1.0, atol=1e-9)
-    y0s, args = problem.arrays()
-    field = problem.field()
-
-    class Theirs:
-        name, dim, t0, t1, is_stiff = "lorenz_bench", 3, 0.0, 1.0, False
-
-        def f_jax(self, t: Any, y: Any, p: Any) -> Any:
-            return field(t, y, p)
-
-    def record() -> Any:
-        return library.grad_closure(
-            Theirs(),
-            np.asarray(y0s),
-            np.asarray(args),
-            engine="tsit5_replay",
-            rtol=problem.rtol,
-            atol=problem.atol,
-        )
-
-    record()
-    recording = statistics.median([timed(record)[0] for _ in range(3)])
-    closure = record()
-    theirs = jax.jit(jax.value_and_grad(lambda p: jnp.sum(closure(p) ** 2)))
     ours = pykernels_program(problem, gradient=True)
-    (_, _), gradient = ours.run()
-    _, their_gradient = jax.block_until_ready(theirs(args))
+    (_, gradient), (_, their_gradient) = ours.run(), theirs.run()
     np.testing.assert_allclose(gradient, their_gradient, rtol=1e-3, atol=1e-3 * np.max(np.abs(gradient)))
-    there = median(lambda: jax.block_until_ready(theirs(args)))
-    here = median(ours.run)
+    there, here = median(theirs.run), median(ours.run)
     print(
         f"8,192 Lorenz trajectories, value and gradient, float64: {here * 1e3:.1f} ms; gradsolve {there * 1e3:.0f} ms and "
-        f"{recording * 1e3:.0f} ms of recording, ratio {(there + recording) / here:.0f} (floor 100)"
+        f"{theirs.overhead * 1e3:.0f} ms of recording, ratio {(there + theirs.overhead) / here:.0f} (floor 100)"
     )
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
 
 
 if __name__ == "__main__":

@@ -12,26 +12,22 @@ stderr and no figures, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from cases import Case, Problem, Program, diffrax_program, disagreement, lorenz, pykernels_program, selected
 
 import pykernels as pk
 from pykernels.kernels import cpu
 
-# Short runs are repeated within one sample until it takes this long, long ones are not repeated beyond the first.
-SAMPLE_SECONDS = 0.02
-LONG_SECONDS = 10.0
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.cases import Case, Problem, lorenz, selected
+from bench.rivals import Program, diffrax_program, disagreement, pykernels_program
+from bench.timing import LONG_SECONDS, in_bytes, in_seconds, interleaved, setting, timed
+
 HEADER = (
     "| case | pykernels | diffrax | ratio | floor | compile | diffrax compile | temporaries | diffrax temporaries |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -76,8 +72,8 @@ class Disagreement(Exception):
 
 def _line(case: Case, config: pk.Config, repeats: int) -> str:
     ours = pykernels_program(case.problem, case.gradient, config)
-    first_seconds, result = _timed(ours.run)
-    again = _timed(ours.run)[0] if first_seconds < LONG_SECONDS else first_seconds
+    first_seconds, result = timed(ours.run)
+    again = timed(ours.run)[0] if first_seconds < LONG_SECONDS else first_seconds
     # Native code is compiled beside XLA's, and waited for by the first run.
     waited = max(first_seconds - again, 0.0)
     first_seconds = again
@@ -87,19 +83,12 @@ def _line(case: Case, config: pk.Config, repeats: int) -> str:
         raise Disagreement(reason)
     if case.compile_only:
         return _compile_line(case, config, (ours, theirs), repeats)
-    samples: tuple[list[float], list[float]] = ([], [])
-    firsts = (first_seconds, their_seconds)
-    for _ in range(repeats):
-        for program, seconds, mine in zip((ours, theirs), firsts, samples, strict=True):
-            if seconds > LONG_SECONDS:
-                mine[:] = [seconds]
-            else:
-                mine.append(_sample(program.run, seconds))
+    samples = interleaved((ours.run, theirs.run), (first_seconds, their_seconds), repeats)
     here, there = statistics.median(samples[0]), statistics.median(samples[1])
     return _row(
-        case.name, _time(here), _time(there) + label, there / here, _floor(case, config),
-        _time(ours.compile_seconds + waited),
-        _time(theirs.compile_seconds), _bytes(ours.temporary_bytes), _bytes(theirs.temporary_bytes),
+        case.name, in_seconds(here), in_seconds(there) + label, there / here, _floor(case, config),
+        in_seconds(ours.compile_seconds + waited),
+        in_seconds(theirs.compile_seconds), in_bytes(ours.temporary_bytes), in_bytes(theirs.temporary_bytes),
     )  # fmt: skip
 
 
@@ -108,9 +97,9 @@ def _best_diffrax(case: Case) -> tuple[Program, str, float, Any]:
     best = None
     for checkpoints in case.checkpoints if case.gradient else (None,):
         program = diffrax_program(case.problem, case.gradient, checkpoints)
-        seconds, result = _timed(program.run)
+        seconds, result = timed(program.run)
         if seconds < LONG_SECONDS:
-            seconds, result = _timed(program.run)
+            seconds, result = timed(program.run)
         if best is None or seconds < best[2]:
             tried = case.gradient and len(case.checkpoints) > 1
             label = f" ({'default' if checkpoints is None else checkpoints} checkpoints)" if tried else ""
@@ -124,12 +113,14 @@ def _compile_line(case: Case, config: pk.Config, programs: tuple[Program, Progra
     samples: tuple[list[float], list[float]] = ([], [])
     for _ in range(min(repeats, 3)):
         made = pykernels_program(case.problem, case.gradient, config)
-        samples[0].append(made.compile_seconds + _timed(made.run)[0])
+        samples[0].append(made.compile_seconds + timed(made.run)[0])
         made = diffrax_program(case.problem, case.gradient)
-        samples[1].append(made.compile_seconds + _timed(made.run)[0])
+        samples[1].append(made.compile_seconds + timed(made.run)[0])
     here, there = statistics.median(samples[0]), statistics.median(samples[1])
-    sizes = [_bytes(program.temporary_bytes) for program in programs]
-    return _row(case.name, "", "", there / here, _floor(case, config), _time(here), _time(there), *sizes)
+    sizes = [in_bytes(program.temporary_bytes) for program in programs]
+    return _row(
+        case.name, "", "", there / here, _floor(case, config), in_seconds(here), in_seconds(there), *sizes
+    )
 
 
 def _floor(case: Case, config: pk.Config) -> float:
@@ -138,21 +129,6 @@ def _floor(case: Case, config: pk.Config) -> float:
 
 def _row(name: str, here: str, there: str, ratio: float, floor: float, *cells: str) -> str:
     return f"| {' | '.join((name, here, there, f'{ratio:.3g}', f'{floor:g}', *cells))} |"
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
-
-
-def _sample(run: Callable[[], Any], seconds: float) -> float:
-    """Seconds per run, over enough runs for the clock."""
-    runs = max(1, round(SAMPLE_SECONDS / seconds))
-    start = time.perf_counter()
-    for _ in range(runs):
-        run()
-    return (time.perf_counter() - start) / runs
 
 
 def _warm_up() -> None:
@@ -164,37 +140,15 @@ def _warm_up() -> None:
 
 
 def _setting(config: pk.Config) -> str:
-    names = ("pykernels", "diffrax", "jax", "jaxlib", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    here = setting(("pykernels", "diffrax", "jax", "jaxlib", "numpy"))
+    versions = ", ".join(
+        f"{name} {here[name]}" for name in ("pykernels", "diffrax", "jax", "jaxlib", "numpy")
+    )
     return (
-        f"{versions}, Python {platform.python_version()}; {_cpu()}, {os.cpu_count()} cores, "
-        f"load {load:.1f} at the start; device {jax.devices()[0].platform}, "
+        f"{versions}, Python {here['python']}; {here['cpu']}, {here['cores']} cores, "
+        f"load {here['load']} at the start; device {jax.devices()[0].platform}, "
         f"runner {config.runner or ('native' if cpu.unavailable() is None else 'xla')}"
     )
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _time(seconds: float) -> str:
-    return _in_units(seconds, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)))
-
-
-def _bytes(count: int) -> str:
-    return _in_units(count, (("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
-
-
-def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
-    """In the first unit of which it is at least one, else in the last."""
-    unit, scale = next((u for u in units if value >= u[1]), units[-1])
-    return f"{value / scale:.3g} {unit}"
 
 
 if __name__ == "__main__":

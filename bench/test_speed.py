@@ -8,8 +8,10 @@ Ratios for the README come from `side_by_side.py`, which interleaves the two and
 from __future__ import annotations
 
 import pytest
-from cases import Case, Program, diffrax_program, disagreement, pykernels_program
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.cases import Case
+from bench.rivals import Program, diffrax_program, disagreement, pykernels_program
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,19 @@ def _perceptron(t, y, layers):
     return weight @ y + bias
 
 
+def _damped_oscillator(t, y, omega):
+    return jnp.stack([omega * y[1], -omega * (y[0] + 0.04 * y[1])])
+
+
+def _fisher_ring(t, y, args):
+    spreading = args[0] * (jnp.roll(y, 1) - 2 * y + jnp.roll(y, -1))
+    return spreading + args[1] * y * (1 - y)
+
+
+def _relaxation(t, y, rate):
+    return rate * (jnp.cos(t) - y)
+
+
 def _decay(t, y, rate):
     return -rate * y
 
@@ -150,6 +163,35 @@ PERCEPTRON = Problem("perceptron", _perceptron, _vector(1.0, -0.7), _perceptron_
 PERCEPTRON_64 = dataclasses.replace(
     PERCEPTRON, name="perceptron64", args=functools.partial(_perceptron_args, hidden=64)
 )
+
+#: Of frequencies as they are given: an ensemble of frequencies that spread twentyfold spreads as much in its steps. Damped,
+#: since a loss that is constant has a gradient of nothing but errors. Not among the eight.
+DIVERGENT = Problem(
+    "divergent",
+    _damped_oscillator,
+    _vector(1.0, 0.0),
+    lambda dtype=np.float64: np.asarray(1.0, dtype),
+    0.0,
+    10.0,
+)
+
+
+def fisher_wave(states: int, dtype=np.float64) -> np.ndarray:
+    """Initial values on a ring: one wave over 64 sites, so that rings of 64 k sites hold k copies of one solution."""
+    return (0.3 + 0.2 * np.sin(2 * np.pi * np.arange(states) / min(states, 64))).astype(dtype)
+
+
+#: Reaction and diffusion (Fisher 1937) on a ring of sites: diffusion between neighbours, logistic growth at each site. Not
+#: among the eight.
+REACTION_DIFFUSION = Problem(
+    "reaction_diffusion", _fisher_ring, functools.partial(fisher_wave, 64), _vector(0.5, 1.0), 0.0, 2.0
+)
+
+#: The Lorenz system where it spirals into a fixed point, over as many steps as one likes. Not among the eight.
+LONG_HORIZON = Problem("long_horizon", _lorenz, _vector(1.0, 0.0, 0.0), _vector(10.0, 14.0, 8 / 3), 0.0, 1.0)
+
+#: Prothero and Robinson's stiff equation: fast relaxation to a slow solution. Not among the eight.
+STIFF = Problem("stiff", _relaxation, _vector(0.0), lambda dtype=np.float64: np.asarray(1e4, dtype), 0.0, 2.0)
 
 #: The eight reference problems.
 PROBLEMS = (LORENZ, LOTKA_VOLTERRA, PENDULUM, KEPLER, FORCED_OSCILLATOR, SIR, COUPLED, PERCEPTRON)

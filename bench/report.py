@@ -1,0 +1,325 @@
+"""The report: everything in `ENTRIES`, checked, timed, and written as JSON, Markdown and figures.
+
+An entry is a problem at one size, solved by several rivals in one process, in turns. A row exists only for a program whose
+states and gradient agree with the reference; what is wrong is named on stderr and in the JSON's `wrong`, without figures.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import figures, tables
+from bench.cases import PROBLEMS, Problem
+from bench.reference import errors
+from bench.results import Report, Row, spread, write
+from bench.rivals import RIVALS, Program, Rival, Unavailable
+from bench.timing import interleaved, peak_bytes, setting, timed
+from pykernels.kernels import cpu
+
+PACKAGES = (
+    "pykernels", "diffrax", "jax", "jaxlib", "numpy", "llvmlite", "gradsolve", "scipy", "torch", "torchdiffeq", "torchode",
+)  # fmt: skip
+# Seconds for all of it. No program is started that would probably not end in time.
+BUDGET = 570.0
+REPEATS, ENTRY_SECONDS = 7, 2.0
+# A rival that took longer than this for an entry is left out of the larger ones of its series.
+SLOW_SECONDS = 4.0
+
+OURS = ("pykernels, native lanes", "pykernels, portable lanes", "pykernels, array plan")
+JAX = ("lax.scan by hand, RK4", "diffrax", "gradsolve", "jax.experimental.ode")
+QUICK = ("pykernels, native lanes", "pykernels", "lax.scan by hand, RK4", "SciPy", "C++ by hand")
+OTHERS = ("SciPy", "torchdiffeq", "torchode", "C++ by hand")
+
+
+Series = tuple[str, str, str]  # section, case, rival
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`x` is what a series of entries varies: trajectories, sites, steps or the tolerance."""
+
+    section: str
+    family: str
+    x: float
+    problem: Problem
+    gradient: bool
+    rivals: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return "gradient" if self.gradient else "forward"
+
+    @property
+    def case(self) -> str:
+        return f"{self.family}, {self.kind}, {self.problem.dtype}"
+
+    def __str__(self) -> str:
+        return f"{self.section}: {self.case}, {self.x:g}"
+
+
+# What is measured.
+
+
+def entries(quick: bool) -> list[Entry]:
+    """All of it, the more telling first: when the time is up, the others are missed less."""
+    made = [*_ensembles(quick), *_precision(quick), *_steps(quick), *_limits(quick)]
+    made += [*_sites(quick), *_devices(quick), *_problems(quick)]
+    if quick:  # others take long to compile
+        kept = [tuple(name for name in entry.rivals if name in QUICK) for entry in made]
+        made = [replace(entry, rivals=rivals) for entry, rivals in zip(made, kept, strict=True) if rivals]
+    return made
+
+
+@functools.cache
+def _problem(name: str, size: int) -> Problem:
+    """One object for all entries of a size, so that they share a reference."""
+    return PROBLEMS[name](size)
+
+
+def _ensembles(quick: bool) -> Iterator[Entry]:
+    for gradient in (True, False):
+        for n in (8,) if quick else (1, 16, 256, 1_024, 4_096, 16_384, 131_072, 1_048_576):
+            if n <= 16_384:
+                ours = OURS if n in (8, 16, 1_024, 16_384) else OURS[:1]
+                rivals = (*ours, *JAX, *OTHERS)
+            elif n == 1_048_576:
+                rivals = ("pykernels, native lanes", "C++ by hand")
+            else:
+                rivals = ("pykernels, native lanes", "C++ by hand", "lax.scan by hand, RK4")
+            # The best of diffrax's checkpoint settings at the size most quoted; elsewhere its default.
+            settings = (None, 8, 16, 32, 64) if n == 1_024 and not quick else (None,)
+            problem = replace(_problem("Lorenz", n), checkpoints=settings)
+            yield Entry("ensemble size", "Lorenz", n, problem, gradient, rivals)
+
+
+def _precision(quick: bool) -> Iterator[Entry]:
+    n = 16 if quick else 1_024
+    for gradient in (True,) if quick else (True, False):
+        for digits in (5,) if quick else (3, 5, 7, 9):
+            problem = replace(
+                _problem("Lorenz", n), rtol=10.0**-digits, atol=10.0 ** -(digits + 3), checkpoints=(None,),
+                hand_steps=round(24 * 10 ** ((digits - 3) / 4)),  # of fourth order
+            )  # fmt: skip
+            yield Entry(
+                "work and precision", "Lorenz", 10.0**-digits, problem, gradient,
+                ("pykernels, native lanes", "lax.scan by hand, RK4", "diffrax", "jax.experimental.ode", "C++ by hand"),
+            )  # fmt: skip
+
+
+def _steps(quick: bool) -> Iterator[Entry]:
+    rivals = ("pykernels, native lanes", "pykernels, portable lanes", "lax.scan by hand, RK4", "diffrax")
+    for gradient in (True, False):
+        for n in (64,) if quick else (100, 1_000, 10_000, 100_000, 1_000_000):
+            yield Entry("steps", "long horizon", n, _problem("long horizon", n), gradient, rivals)
+
+
+def _problems(quick: bool) -> Iterator[Entry]:
+    n = 8 if quick else 1_024
+    names = (
+        "Lotka-Volterra",
+        "SIR",
+        "Kepler",
+        "12 dense states",
+        "divergent",
+        "neural field",
+        "reaction-diffusion",
+    )
+    for name in names[-1:] if quick else names:
+        for gradient in (False,) if quick else (True, False):
+            rivals = (*OURS[:1], *JAX) if gradient else (OURS[0], "lax.scan by hand, RK4", "diffrax")
+            problem = replace(_problem(name, n), checkpoints=(None,))
+            yield Entry("problems", name, n, problem, gradient, rivals)
+    for dtype in () if quick else ("float32",):
+        for gradient in (True, False):
+            problem = replace(_problem("Lorenz", n), dtype=dtype, checkpoints=(None,), rtol=1e-5, atol=1e-5)
+            yield Entry(
+                "problems", "Lorenz", n, problem, gradient, (*OURS[:1], "lax.scan by hand, RK4", "diffrax")
+            )
+
+
+def _limits(quick: bool) -> Iterator[Entry]:
+    for name, n, gradient, rivals in (
+        ("single", 1, False, ("pykernels", "diffrax", "SciPy", "C++ by hand")),
+        ("single", 1, True, ("pykernels", "diffrax", "C++ by hand")),
+        ("large neural field", 256, True, ("pykernels", "diffrax", "jax.experimental.ode")),
+        ("stiff", 16, False, ("pykernels", "diffrax", "diffrax, Kvaerno5", "SciPy")),
+    ):
+        if not quick or (name, gradient) == ("single", False):
+            problem = replace(_problem(name, n), checkpoints=(None,))
+            yield Entry("limits", name, n, problem, gradient, rivals)
+
+
+def _sites(quick: bool) -> Iterator[Entry]:
+    for n in (64,) if quick else (4, 64, 1_024, 16_384, 131_072, 1_048_576):
+        rivals = ("pykernels", "diffrax")
+        yield Entry("state size", "ring", n, replace(_problem("ring", n), checkpoints=(None,)), False, rivals)
+
+
+def _devices(quick: bool) -> Iterator[Entry]:
+    for n in (16,) if quick else (1_024, 16_384, 131_072):
+        rivals = ("pykernels, 1 device", "pykernels, 2 devices")
+        yield Entry("devices", "Lorenz", n, _problem("Lorenz", n), True, rivals)
+
+
+# Measuring.
+
+
+def run(
+    folder: Path,
+    only: str = "",
+    quick: bool = False,
+    budget: float = BUDGET,
+    rivals: Mapping[str, Rival] = RIVALS,
+) -> Report:
+    """Measures the entries whose name contains `only` and writes JSON, Markdown and figures into `folder`."""
+    _prepare(quick)
+    started = time.perf_counter()
+    report = Report(setting(PACKAGES), quick=quick)
+    print(", ".join(f"{key} {value}" for key, value in report.setting.items()), flush=True)
+    usual: dict[str, float] = {}
+    ended: dict[Series, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in entries(quick):
+        if only not in str(entry):
+            continue
+
+        def left() -> float:
+            return budget - (time.perf_counter() - started)
+
+        measure(entry, report, left, usual, ended, rivals)
+        report.seconds = round(time.perf_counter() - started, 1)
+        write(report, folder / "report.json")
+    report.laws = laws(report)
+    write(report, folder / "report.json")
+    publish(report, folder)
+    print(f"{len(report.rows)} rows, {report.seconds:.0f} s, in {folder}", flush=True)
+    return report
+
+
+def publish(report: Report, folder: Path) -> None:
+    """The Markdown and the figures of a report."""
+    (folder / "report.md").write_text(tables.page(report, figures.draw(report, folder)))
+
+
+def _prepare(quick: bool) -> None:
+    """float64; several devices, which share the cores, so that `shard_map` has something to split over; compile times of a
+    first run."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_compilation_cache", False)
+    cpu.compiler.cache = cpu.DiskCache(None)
+    # The first program of a process pays for things that are no program's own.
+    for _ in range(1 if quick else 2):
+        RIVALS["lax.scan by hand, RK4"].build(PROBLEMS["single"](1), False).run()
+
+
+def measure(
+    entry: Entry,
+    report: Report,
+    left: Callable[[], float],
+    usual: dict[str, float],
+    ended: dict[Series, str],
+    rivals: Mapping[str, Rival] = RIVALS,
+) -> None:
+    """Adds a row for each rival of an entry whose answer is right. `ended`: who has dropped out of a series, and why."""
+    right: list[tuple[Row, Program, float]] = []
+    for name in entry.rivals:
+        rival, series = rivals[name], (entry.section, entry.case, name)
+        if not rival.enters(entry.problem, entry.gradient):
+            continue
+        if series in ended:
+            report.leave_out(f"{entry.section}, {entry.case}, {name}: the rest, as {ended[series]}")
+            continue
+        if left() < usual.get(f"{name} {entry.kind}", 5.0):
+            report.leave_out(f"{entry}, {name}: the time is up")
+            continue
+        seconds, made = timed(lambda rival=rival: _proved(entry, rival, report))
+        usual[f"{name} {entry.kind}"] = max(seconds, usual.get(f"{name} {entry.kind}", 0.0))
+        if made is None:
+            ended[series] = f"{entry.x:g} gave no answer that is right"
+            continue
+        right.append(made)
+        if made[2] > SLOW_SECONDS:
+            ended[series] = f"{entry.x:g} took more than {SLOW_SECONDS:g} s"
+    if not right:
+        return
+    repeats = 3 if report.quick else REPEATS
+    target = 0.002 if report.quick else 0.01
+    samples = interleaved(
+        [program.run for _, program, _ in right], [seconds for *_, seconds in right], repeats,
+        min(ENTRY_SECONDS, left()), target,
+    )  # fmt: skip
+    for (row, program, _), taken in zip(right, samples, strict=True):
+        row.samples = [seconds + program.overhead for seconds in taken]
+        row.seconds = statistics.median(row.samples)
+        row.spread = spread(row.samples)
+        print(f"{entry}, {row.rival}: {row.seconds:.4g} s", flush=True)
+
+
+def _proved(entry: Entry, rival: Rival, report: Report) -> tuple[Row, Program, float] | None:
+    """A rival's row so far, its program and the seconds of a run; None if its answer is wrong or it cannot run here."""
+    row = Row(entry.section, entry.case, entry.x, rival.name, entry.kind, float("nan"))
+    try:
+        program = rival.build(entry.problem, entry.gradient)
+        first, result = timed(program.run)
+        again = first if first > SLOW_SECONDS else min(first, timed(program.run)[0])
+        row.peak_bytes = None if first > SLOW_SECONDS else peak_bytes(program.run)
+    except Unavailable as why:
+        report.leave_out(f"{rival.name}: {why}")
+        return None
+    except Exception as error:  # whatever a rival breaks by, the others are still to be measured
+        row.note = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
+        report.rows.append(row)
+        print(f"{entry}, {rival.name}: broke, {row.note}", file=sys.stderr, flush=True)
+        return None
+    row.error, row.gradient_error, reason = errors(entry.problem, result)
+    if reason is not None:
+        report.wrong.append(f"{entry}, {rival.name}: {reason}")
+        print(f"WRONG {report.wrong[-1]}", file=sys.stderr, flush=True)
+        return None
+    # Native code is made beside XLA's program, and waited for by the first run.
+    row.compile_seconds = program.compile_seconds + max(first - again, 0.0)
+    row.temporary_bytes = program.temporary_bytes
+    row.evaluations, row.note = program.evaluations(result[0][1][1]), program.label
+    report.rows.append(row)
+    return row, program, again
+
+
+# Growth laws.
+
+
+def laws(report: Report) -> list[dict[str, Any]]:
+    """What is stated about growth, and the exponents measured: the slope of a straight line through logarithms."""
+    ours = [row for row in report.rows if row.rival == "pykernels, native lanes"]
+    stated = (
+        ("time of a gradient over trajectories, from 4,096", "ensemble size", "seconds", 4_096, 1.0, 0.15),
+        ("time of a gradient over steps, from 10,000", "steps", "seconds", 10_000, 1.0, 0.15),
+        ("memory of a gradient over steps, from 1,000", "steps", "memory", 1_000, 0.5, 0.1),
+    )
+    made = []
+    for what, section, value, least, exponent, tolerance in stated:
+        points = [
+            (row.x, getattr(row, value))
+            for row in ours
+            if row.section == section and row.kind == "gradient" and row.x >= least and getattr(row, value)
+        ]
+        if len({x for x, _ in points}) >= 2:
+            slope = float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+            made.append(
+                {
+                    "what": what,
+                    "stated": exponent,
+                    "measured": round(slope, 3),
+                    "holds": abs(slope - exponent) <= tolerance,
+                }
+            )
+    return made
