@@ -6,8 +6,9 @@
     python bench/stream.py --quick                        a smoke test at tiny sizes, no figures worth keeping
 
 nlsq 0.4.2 runs in a process of its own, on the same data; without --nlsq its cases show our time alone. The big file is
-written to --folder (default: the system's temporary folder), and removed. Repeats of the two sides are interleaved and the medians
-compared. A case whose two answers do not agree prints a line on stderr and no figures, and the exit status is 1.
+written to --folder (default: the system's temporary folder), and removed. Repeats of
+the two sides are interleaved and the medians compared. A case whose two answers do not agree prints a line on stderr and no
+figures, and the exit status is 1.
 """
 
 from __future__ import annotations

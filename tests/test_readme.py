@@ -98,9 +98,15 @@ def test_python_blocks_run_in_a_user_s_process(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(script)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
-    _, second, third, numbers = result.stdout.splitlines()
+    _, second, third, fitted, counts, numbers = result.stdout.splitlines()
     assert second.startswith("(21, 3) ")
     assert third.startswith("[ True  True False] ")
+    popt, x, fun = re.fullmatch(r"\[(.*)\] \[(.*)\] (.*)", fitted).groups()
+    # 100,000 points with noise of 0.1: standard errors near 0.001. Adam's last steps of 0.01 are ten times as long.
+    np.testing.assert_allclose([float(p) for p in popt.split()], [2.5, 0.7], atol=0.005)
+    np.testing.assert_allclose([float(p) for p in x.split()], [2.5, 0.7], atol=0.05)
+    assert float(fun) == pytest.approx(0.01, rel=0.05)
+    assert counts == "Counts(rows=500, masked=0, nonfinite=0, skipped=0)"
     value, *gradient = map(float, numbers.split())
     # The solver's tolerance is 1e-5 per step in float32; central differences of a 1e-10 solution are better than that.
     p, h = np.array([10.0, 20.0, 8 / 3]), 1e-4

@@ -33,9 +33,9 @@ def value_and_grad(
     `terms(params, batch)` returns one loss term per row, shape (rows,), or `Terms` with weights and a mask. The value is
     sum(weight * term) / sum(weight) over all rows, whatever the batches: the sums are divided once. `source`: a pytree of
     arrays or memory maps, a source (`npy`, `npz`, `hdf5`, `parquet`), or an iterable or factory of batches. `params`: a
-    pytree of floating arrays; gradients have their shapes and dtypes. Every batch has `batch_size` rows for the model
-    (default: 8,192, or those of the first batch of a stream); the last is filled up with a valid row, whose terms do not
-    count.
+    pytree of floating arrays; gradients have their shapes and dtypes. Batches have `batch_size` rows
+    (default: at most 8,192, or as many as the first batch of a stream); the last is filled up with a valid row, whose
+    terms do not count. On CPUs big batches of small rows reach the model in pieces, which stay in the cache.
 
     `gradient`: "reverse"; "forward", for few parameters; "finite-difference", central and slow, to compare with. `nan`:
     what to do with terms that are not finite: "raise" NonFiniteError after the pass, "mask" the rows, or "skip" their

@@ -138,7 +138,7 @@ class Passes:
     ) -> Generator[Chunk]:
         reader = self.source.open(self.options.shuffle, epoch, rows, cursor)
         if not self.batch_size:
-            self.settle(self.options.batch_size or reader.usual_rows())
+            self.settle(self.options.batch_size or self._evenly(reader.usual_rows()))
         size, first = self.batch_size, start
         while True:
             data = None
@@ -163,6 +163,11 @@ class Passes:
             first += made
             if rows < batches * size:
                 return
+
+    def _evenly(self, usual: int) -> int:
+        """About so many rows in each batch, and hardly any places without one in the last."""
+        rows = self.source.rows
+        return usual if not rows else -(-rows // -(-rows // usual))
 
     def settle(self, wanted: int) -> None:
         """Set the batch size: no more than there are rows."""
