@@ -17,7 +17,7 @@ TITLES = {
     "steps": "Number of steps: one trajectory, 100 to 1,000,000 fixed steps",
     "problems": "Other problems",
     "limits": "Where others are faster, or may be",
-    "state size": "State size: reaction and diffusion on one ring of 4 to 1,048,576 sites",
+    "state size": "State size: reaction and diffusion on one ring of 1 to 1,048,576 sites",
     "devices": "Several devices: one ensemble, split by `shard_map`",
 }
 WHAT = {"steps": "steps", "work and precision": "tolerance", "state size": "sites"}
