@@ -31,7 +31,7 @@ PACKAGES = (
 )  # fmt: skip
 # Seconds for all of it. No program is started that would probably not end in time.
 BUDGET = 570.0
-REPEATS, ENTRY_SECONDS = 7, 1.5
+REPEATS, SAMPLING_SECONDS = 7, 1.5
 # A rival that took longer than this for an entry is left out of the larger ones of its series.
 SLOW_SECONDS = 4.0
 
@@ -258,7 +258,7 @@ def measure(
     target = 0.002 if report.quick else 0.01
     samples = interleaved(
         [program.run for _, program, _ in right], [seconds for *_, seconds in right], repeats,
-        min(ENTRY_SECONDS, left()), target,
+        min(SAMPLING_SECONDS, left()), target,
     )  # fmt: skip
     for (row, program, _), taken in zip(right, samples, strict=True):
         row.samples = [seconds + program.overhead for seconds in taken]

@@ -96,8 +96,9 @@ def table(rows: Iterable[Row], what: str) -> str:
                 lines.append(f"| {size} | {name} | NaN | | | | | | |")
                 continue
             ratio = "" if row is base else f"{row.seconds / base.seconds:.3g}"
+            noise = f"{100 * row.spread:.0f} %" if len(row.samples) > 1 else ""
             cells = [
-                size, name, in_seconds(row.seconds), f"{100 * row.spread:.0f} %", ratio, f"{worst(row):.0e}",
+                size, name, in_seconds(row.seconds), noise, ratio, f"{worst(row):.0e}",
                 "" if not row.compile_seconds else in_seconds(row.compile_seconds),
                 "" if row.memory is None else in_bytes(row.memory),
                 "" if row.evaluations is None else f"{row.evaluations:,}",
