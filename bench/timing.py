@@ -43,15 +43,17 @@ def interleaved(
     target: float = SAMPLE_SECONDS,
 ) -> list[list[float]]:
     """Samples of each, in turns, since a machine's speed changes. `firsts` are the seconds of an earlier run of each,
-    which is the only sample of those that take long; when `budget` seconds are over, no further turn begins."""
+    which is the only sample of those that take long; who has used `budget` seconds is given no further turn."""
     samples: list[list[float]] = [[] for _ in runs]
-    end = time.perf_counter() + budget
+    spent = [0.0] * len(runs)
     for turn in range(repeats):
-        for run, seconds, mine in zip(runs, firsts, samples, strict=True):
+        for i, (run, seconds, mine) in enumerate(zip(runs, firsts, samples, strict=True)):
             if seconds > LONG_SECONDS:
                 mine[:] = [seconds]
-            elif turn == 0 or time.perf_counter() + seconds < end:
+            elif turn == 0 or spent[i] + seconds < budget:
+                start = time.perf_counter()
                 mine.append(sample(run, seconds, target))
+                spent[i] += time.perf_counter() - start
     return samples
 
 

@@ -175,6 +175,21 @@ def test_curves_are_matched_by_achieved_error() -> None:
     assert tables.at_error(curve, 1e-8) is None
 
 
+def test_growth_laws_are_measured() -> None:
+    def rows(power: float) -> list[results.Row]:
+        made = [
+            replace(row(OURS, [1e-6 * x**power]), x=x, section="ensemble size")
+            for x in (16, 4096, 16384, 131072)
+        ]
+        return [replace(made[0], seconds=1.0), *made[1:], replace(made[1], seconds=math.nan)]
+
+    for power, holds in ((1.0, True), (1.1, True), (1.3, False)):
+        (law,) = report.laws(results.Report({}, rows(power)))
+        assert law["measured"] == pytest.approx(power, abs=2e-3) and law["holds"] is holds
+        verdict = "| holds |" if holds else "| **does not hold** |"
+        assert verdict in tables.law_table(results.Report({}, laws=[law]))
+
+
 def test_quick_report(tmp_path: Path) -> None:
     """As one calls it: numbers, tables and figures, which can be read, drawn and compared again."""
 
