@@ -196,9 +196,11 @@ def test_rows_that_are_not_finite():
     kept = np.setdiff1d(np.arange(ROWS), [*range(10), *range(50, 60), *range(100, ROWS)])
     assert counts == (len(kept), 0, 4, 3)
     assert_same((found, slope), full(terms, P0, (X[kept], Y[kept])))
-    with pytest.raises(NonFiniteError, match=r"4 terms.*batch 0 \(rows 0 to 10.*nan=\"mask\"") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"of batch 0 are not finite \(rows 0 to 10.*nan=\"mask\""
+    ) as caught:
         make()(P0)
-    assert (caught.value.batch, caught.value.rows) == (0, 4)
+    assert caught.value.batch == 0
 
 
 def roots(params, x):
@@ -208,7 +210,7 @@ def roots(params, x):
 
 def test_terms_with_an_infinite_derivative():
     x = np.array([1.0, 2.0, 0.0, 4.0])
-    with pytest.raises(NonFiniteError, match="the gradient is not finite; the first of them is in batch 1"):
+    with pytest.raises(NonFiniteError, match="the gradient of batch 1 are not finite"):
         value_and_grad(roots, x, batch_size=2)(1.0)
     (found, counts), slope = value_and_grad(roots, x, batch_size=2, nan="mask", has_counts=True)(1.0)
     assert counts == (2, 0, 0, 1)

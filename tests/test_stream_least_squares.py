@@ -136,7 +136,7 @@ def test_vector_y_pytrees_and_weights():
     np.testing.assert_allclose(result.covariance()[::3, ::3], block, rtol=1e-9)
 
 
-@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
+@pytest.mark.parametrize("loss", ["huber", "cauchy", "arctan"])
 def test_robust_losses_equal_scipy_s(loss):
     y = Y.copy()
     y[::10] += 3.0
@@ -192,9 +192,8 @@ def test_points_that_are_not_finite():
     np.testing.assert_allclose(popt, other, rtol=1e-7)
     np.testing.assert_allclose(pcov, covariance, rtol=1e-6)
     assert info["counts"] == (ROWS - 2, 0, 2, 0) and status > 0 and "within" in message
-    with pytest.raises(NonFiniteError, match="2 terms are not finite"):
-        fitted_to = curve_fit(decay, X, y, P0, batch_size=50)
-        assert fitted_to is None
+    with pytest.raises(NonFiniteError, match="of batch 0 are not finite"):
+        curve_fit(decay, X, y, P0, batch_size=50)
 
 
 def logarithm(x, a):

@@ -680,9 +680,10 @@ class _Fit:
     def _call(self, loss: float | None) -> None:
         if self.settings.callback is None:
             return
-        running = mean(finished(self.state.totals), self._current())[0]
-        if loss is not None or self.place.batch == 0:
+        if self.place.batch == 0:  # behind an epoch
             running = jnp.asarray(self.place.history[-1].running_loss)
+        else:
+            running = mean(finished(self.state.totals), self._current())[0]
         news = Progress(self.place.epoch, self.place.batch, own(self._now()), running, loss)
         try:
             stop = bool(self.settings.callback(news))

@@ -51,12 +51,12 @@ class Counts(NamedTuple):
 class NonFiniteError(FloatingPointError):
     """Terms or gradients were not finite, with `nan="raise"`. `batch`: the first such batch of the pass."""
 
-    def __init__(self, batch: int, batch_size: int, rows: int) -> None:
-        self.batch, self.rows = batch, rows
-        what = f"{rows} terms are not finite" if rows else "the gradient is not finite"
+    def __init__(self, batch: int, batch_size: int) -> None:
+        self.batch = batch
         super().__init__(
-            f"{what}; the first of them is in batch {batch} (rows {batch * batch_size} to {(batch + 1) * batch_size} of the "
-            'pass). Leave such rows out with nan="mask", or such batches with nan="skip"; both are counted.'
+            f"the terms or the gradient of batch {batch} are not finite (rows {batch * batch_size} to "
+            f"{(batch + 1) * batch_size} of the pass). "
+            'Leave such rows out with nan="mask", or such batches with nan="skip"; both are counted.'
         )
 
 
@@ -235,7 +235,7 @@ class Passes:
             raise ValueError("the source has no rows")
         masked, nonfinite, skipped, lost, first = map(int, jax.device_get(counts))
         if self.options.nan == "raise" and first >= 0:
-            raise NonFiniteError(first, self.batch_size, nonfinite)
+            raise NonFiniteError(first, self.batch_size)
         used = rows - masked - nonfinite - lost
         if used == 0:
             raise ValueError(f"no row is left: {masked} are masked, {nonfinite} are not finite")

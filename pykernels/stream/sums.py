@@ -181,24 +181,26 @@ class Rows(NamedTuple):
 
 class Reduction(NamedTuple):
     """What to do with a batch. `sums(params, batch, use)`: the sums over rows in use, and whether the user leaves none of
-    these out; `rows(params, batch)`: each row's fate."""
+    these out (None if there is no way to); `rows(params, batch)`: each row's fate."""
 
-    sums: Callable[[PyTree, PyTree, jax.Array], tuple[Sums, jax.Array]]
+    sums: Callable[[PyTree, PyTree, jax.Array], tuple[Sums, jax.Array | None]]
     rows: Callable[[PyTree, PyTree], Rows]
 
 
 def loss_reduction(terms: Callable[[PyTree, PyTree], Any], kind: str, gradient: Gradient) -> Reduction:
     """The sums of a loss, of kind "value" or "gradient"."""
 
-    def sums(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, jax.Array]:
+    def sums(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, jax.Array | None]:
         dtype = common_dtype(params)
 
-        def total(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def total(params: PyTree) -> tuple[jax.Array, Extra]:
             value, weight, ok = _checked_terms(terms(params, batch), use.shape[0], dtype)
             zero = jnp.zeros((), dtype)
             summed = jnp.sum(jnp.where(use, value if weight is None else value * weight, zero))
             weights = jnp.sum(use, dtype=dtype) if weight is None else jnp.sum(jnp.where(use, weight, zero))
-            return summed, (weights, jnp.bool_(True) if ok is None else jnp.all(ok | ~use))
+            if ok is None:
+                return summed, (weights, None if weight is None else jnp.bool_(True))
+            return summed, (weights, jnp.all(ok | ~use))
 
         if kind == "value":
             summed, (weights, all_ok) = total(params)
@@ -245,8 +247,9 @@ def _checked_terms(
     return value.astype(dtype), weight, ok
 
 
-Total = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
-Differentiated = tuple[jax.Array, tuple[jax.Array, jax.Array], PyTree]
+Extra = tuple[jax.Array, jax.Array | None]
+Total = Callable[[PyTree], tuple[jax.Array, Extra]]
+Differentiated = tuple[jax.Array, Extra, PyTree]
 
 
 def _reverse(total: Total, params: PyTree) -> Differentiated:
@@ -257,7 +260,7 @@ def _reverse(total: Total, params: PyTree) -> Differentiated:
 def _forward(total: Total, params: PyTree) -> Differentiated:
     flat, restore = ravel(params)
 
-    def along(direction: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    def along(direction: jax.Array) -> tuple[jax.Array, jax.Array, Extra]:
         return jax.jvp(lambda p: total(restore(p)), (flat,), (direction,), has_aux=True)
 
     basis = jnp.eye(flat.size, dtype=flat.dtype)
@@ -272,7 +275,7 @@ def _finite_difference(total: Total, params: PyTree) -> Differentiated:
     n = flat.size
     step = float(jnp.finfo(flat.dtype).eps) ** (1 / 3) * jnp.maximum(jnp.abs(flat), jnp.ones_like(flat))
 
-    def at(i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def at(i: jax.Array) -> tuple[jax.Array, Extra]:
         # 0 is the point itself, then come the n steps forwards and the n backwards.
         place = jnp.arange(n, dtype=i.dtype)
         ahead, behind = place == i - 1, place == i - 1 - n
@@ -282,7 +285,7 @@ def _finite_difference(total: Total, params: PyTree) -> Differentiated:
     # The distance between the points that were really evaluated.
     width = (flat + step) - (flat - step)
     slope = (summed[1 : n + 1] - summed[n + 1 :]) / width.astype(summed.dtype)
-    return summed[0], (weights[0], all_ok[0]), restore(slope)
+    return summed[0], (weights[0], None if all_ok is None else all_ok[0]), restore(slope)
 
 
 _DIFFERENTIATE = {"reverse": _reverse, "forward": _forward, "finite-difference": _finite_difference}
@@ -312,6 +315,7 @@ def _batch_sums(
     rows: jax.Array,
     tile: int,
     nothing: Sums,
+    nan: NanPolicy,
 ) -> tuple[Sums, jax.Array, jax.Array]:
     """The sums of batch `i` over its good rows, of the first `rows`, and how many are masked and not finite."""
 
@@ -322,7 +326,7 @@ def _batch_sums(
             return lax.dynamic_slice(values, start, (1, tile, *rest))[0]
 
         valid = j * tile + jnp.arange(tile, dtype=jnp.int32) < rows
-        return _good_sums(reduction, params, jax.tree.map(leaf, data), valid)
+        return _good_sums(reduction, params, jax.tree.map(leaf, data), valid, nan)
 
     pieces = jax.tree.leaves(data)[0].shape[1] // tile
     if pieces == 1:
@@ -338,7 +342,7 @@ def _batch_sums(
 
 
 def _good_sums(
-    reduction: Reduction, params: PyTree, batch: PyTree, valid: jax.Array
+    reduction: Reduction, params: PyTree, batch: PyTree, valid: jax.Array, nan: NanPolicy
 ) -> tuple[Sums, jax.Array, jax.Array]:
     """The sums over the valid rows without those that are left out or not finite.
 
@@ -348,7 +352,12 @@ def _good_sums(
     its terms are. So all is well as a rule; if not, each row is looked at, and the sums are made again without the bad
     ones.
     """
+    zero = jnp.int32(0)
     sums, all_ok = reduction.sums(params, batch, valid)
+    if all_ok is None:
+        if nan == "raise":  # no row is ever left out
+            return sums, zero, zero
+        all_ok = jnp.bool_(True)
 
     def again(_: None) -> tuple[Sums, jax.Array, jax.Array]:
         rows = reduction.rows(params, batch)
@@ -363,7 +372,6 @@ def _good_sums(
         some = jax.tree.map(lambda s: jnp.where(jnp.any(good), s, jnp.zeros_like(s)), filled)
         return some, _count(valid & ~rows.ok), _count(valid & rows.ok & ~rows.finite & rows.used)
 
-    zero = jnp.int32(0)
     return lax.cond(all_ok & _all_finite(sums), lambda _: (sums, zero, zero), again, None)
 
 
@@ -415,7 +423,7 @@ def compiled(
             def sums_of(
                 reduction: Reduction, params: PyTree, nothing: Sums, counts: DeviceCounts
             ) -> tuple[Sums, DeviceCounts]:
-                sums, masked, nonfinite = _batch_sums(reduction, params, data, i, here, tile, nothing)
+                sums, masked, nonfinite = _batch_sums(reduction, params, data, i, here, tile, nothing, nan)
                 count = jnp.clip(here, 0, local)
                 sums, masked, nonfinite, count = across((sums, masked, nonfinite, count))
                 return _by_policy(nan, sums, masked, nonfinite, count, first + i, counts)
