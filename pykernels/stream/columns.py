@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Of XLA's buffers, in bytes.
+ALIGNMENT = 64
 
 PyTree = Any
 PathLike = str | os.PathLike[str]
@@ -56,7 +60,7 @@ class Raw:
         self.shape, self.dtype = shape, dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        rows = aligned((stop - start, *self.shape[1:]), self.dtype)
         size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         with open(self._path, "rb", buffering=0) as file:
             file.seek(self._offset + start * size)
@@ -67,6 +71,14 @@ class Raw:
                     raise ValueError(f"{self._path} is shorter than its {self.shape[0]} rows")
                 view = view[count:]
         return rows
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, with anything in it, that begins where XLA wants its buffers: on a CPU it becomes one without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -memory.__array_interface__["data"][0] % ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def as_column(leaf: Any) -> Column:
