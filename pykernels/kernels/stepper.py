@@ -5,6 +5,7 @@ Every array's last axis is the lane axis; lanes never meet.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -252,25 +253,25 @@ class Method:
         return _Unrolled(stages, h, pull)
 
 
-class Pulled:
+class Pulled(abc.ABC):
     """A step that was taken, to be pulled back. Cotangents of the stages are begun, added to, and at last pulled back."""
 
     stages: Sequence[Pieces]
 
+    @abc.abstractmethod
     def begin(self) -> Any:
         """No cotangents of the stages: what a loop that adds some carries."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def add(self, cotangents: Any, weights: Sequence[Optional], ct: Pieces) -> Any:
         """Add weight * ct to the cotangent of every stage that has a weight."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pull(
         self, cotangents: Any, y1_ct: Pieces, accepted: Array
     ) -> tuple[Pieces, list[Pieces], Optional, Optional]:
         """Cotangents, from those of the stages and of the new state, of the old state, of the operands wanted (none if they
         are added up elsewhere), and of the step's start and size. Where the step was not accepted they mean nothing."""
-        raise NotImplementedError
 
 
 class _Unrolled(Pulled):
