@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -19,8 +18,6 @@ import pykernels as pk
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Pages that are left out, code and all, where what they are about is not installed or not part of the library yet.
-NEEDS = {"streaming.md": ("pykernels.stream", "optax")}
 
 # One after the other, each page in a namespace of its own; a block stands in its page's lines, for tracebacks.
 RUN_PAGES = """
@@ -54,31 +51,16 @@ def code_in_place(text: str) -> str:
     return "\n".join(code)
 
 
-def missing(page: Path) -> str | None:
-    """The first of what a page needs that is not there."""
-    for name in NEEDS.get(page.name, ()):
-        if importlib.util.find_spec(name) is None:
-            return name
-    return None
-
-
 def test_the_guide_s_blocks_run_in_a_user_s_process(tmp_path: Path) -> None:
     """In default settings (float32), warnings being errors, outside of this repository, all pages in one process."""
-    assert len(PAGES) >= 7 and set(NEEDS) <= {page.name for page in PAGES}
-    pages = {page.name: code_in_place(page.read_text()) for page in PAGES if missing(page) is None}
+    assert len(PAGES) >= 7
+    pages = {page.name: code_in_place(page.read_text()) for page in PAGES}
     assert all(len(code.split()) > 10 for code in pages.values())
     result = subprocess.run(
         [sys.executable, "-c", RUN_PAGES], input=json.dumps(pages), capture_output=True, text=True, cwd=tmp_path,
         timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("page", NEEDS)
-def test_pages_left_out(page: str) -> None:
-    name = missing(ROOT / "docs" / page)
-    if name is not None:
-        pytest.skip(f"docs/{page} needs {name}")
 
 
 def test_languages_of_blocks_are_known() -> None:

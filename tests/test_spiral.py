@@ -19,8 +19,8 @@ def test_it_learns_and_draws(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     numbers = {line[0]: float(line[1]) for line in lines if line[0] != "figure"}
-    # A quarter of the untrained field's 1.6; one that stands still has 1.8.
-    assert numbers["loss"] < 0.4
+    # A fifth of the untrained field's 1.6; one that stands still has 1.8.
+    assert numbers["loss"] < 0.3
     image = matplotlib.image.imread(figure)
     assert image.shape[0] > 400 and image.shape[1] > 1000
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 10  # more than an empty page
