@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pykernels import schedule
+from pykernels import lanes, schedule
 from pykernels.interpolation import dense_slopes, dense_weights
 from pykernels.kernels.body import Kernel
 from pykernels.kernels.stepper import Pieces, Solve, State, Stepper, any_lane, outcome
@@ -47,6 +47,10 @@ Optional = Any  # a vector over rows, or None where it is not needed
 # it is one trajectory that asks, and there may be many.
 EVERY_STATE_BYTES = 128 * 2**10
 EVERY_STATE_BYTES_IN_ALL = 64 * 2**20
+# From so many rows of at most so many columns on, the field is evaluated with the rows last (see `_narrow_lift`); measured
+# with `bench/plans.py`.
+MANY_ROWS = 64
+NARROW = 8
 # Beyond so many bytes more levels of replay take the place of more states.
 MILESTONE_BYTES = 2**30
 
@@ -129,9 +133,17 @@ def _rows_first(value: Array) -> Array:
     return jnp.moveaxis(value, -1, 0)
 
 
+def _rows_last(value: Array) -> Array:
+    return jnp.moveaxis(value, 0, -1)
+
+
 def _across(vector: Array, like: Array) -> Array:
     """A vector over rows, shaped to multiply a leaf (rows, columns)."""
     return vector.reshape(vector.shape[0], *(1,) * (like.ndim - 1))
+
+
+def _chosen(mask: Array, yes: tuple[Any, ...], no: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(jnp.where(mask, a, b) for a, b in zip(yes, no, strict=True))
 
 
 def _inner(a: Pieces, b: Pieces) -> Array:
@@ -146,6 +158,20 @@ class _Slopes(NamedTuple):
     field: Callable[..., Pieces]
 
 
+def _narrow_lift(solve: Solve, rows: int) -> lanes.Lift | None:
+    """The field with the rows as the last axis, where that pays: many rows of few columns, multiplied by matrices that they
+    share. The weights' cotangents are then products X Y^T of wide matrices; with the rows first, X^T Y, XLA's CPU client
+    takes up to seven times as long (64 x 256 by 256 x 2: 31 us against 4). With matrices of their own, rows are a batch of
+    products, which `jax.vmap` does better.
+    """
+    field, lane = solve.field, (True, *[True] * len(solve.field.y_shapes), *solve.lane[solve.first_operand :])
+    if rows < MANY_ROWS or field.elements > NARROW or lanes.unsupported(field.jaxpr, lane) is not None:
+        return None
+    if lanes.products_of_lanes(field.jaxpr, lane):
+        return None
+    return lanes.lift(field.jaxpr, lane, "arrays", differentiated=True)
+
+
 class _System:
     """The field on states in rows, and the passes on all leaves of a state."""
 
@@ -158,6 +184,7 @@ class _System:
             for x, lane in zip(inputs[solve.first_operand :], self.lane, strict=True)
         ]
         self.inputs = inputs
+        self.lift = _narrow_lift(solve, rows)
         self._buffers = 0
 
         def vector(index: int) -> Array:
@@ -197,6 +224,14 @@ class _System:
         if self.rows == 1:
             mine = [x[0] if lane else x for x, lane in zip(operands, self.lane, strict=True)]
             slopes = self.solve.field.function(t[0], *[p[0] for p in states], *mine)
+        elif self.lift is not None:
+            # Without the barriers XLA folds the transpositions into the products, which it then computes the slow way.
+            last = [
+                lax.optimization_barrier(_rows_last(x)) if lane else x
+                for x, lane in zip([*states, *operands], self.lift.lane[1:], strict=True)
+            ]
+            lifted = self.lift([[t], *([x] for x in last)])
+            slopes = [_rows_first(lax.optimization_barrier(k)) for (k,) in lifted]
         else:
             axes = (0, *[0] * len(states), *[0 if lane else None for lane in self.lane])
             slopes = jax.vmap(self.solve.field.function, in_axes=axes)(t, *states, *operands)
@@ -265,6 +300,9 @@ class _System:
         return [self.passes.save(b, slot, p) for b, p in zip(buffers, y, strict=True)]
 
     def restore(self, buffers: Sequence[Array], slot: Array) -> Pieces:
+        """The states of a slot, or those of each row's own."""
+        if slot.ndim:
+            return [b[slot, jnp.arange(self.rows)] for b in buffers]
         return [self.passes.restore(b, slot) for b in buffers]
 
     def buffers(self, slots: int) -> list[Array]:
@@ -556,6 +594,8 @@ class _Backward:
     def run(self, stride: Array) -> list[Array]:
         """Cotangents of the inputs with `wrt`."""
         count, record, system = jnp.max(self.attempts), self.record, self.system
+        if schedule.longest_segment(self.solve.max_steps, record) == 1:  # every state is a milestone
+            return self._results(self._walk(jnp.int32(0), count, self._begin(), self.milestones))
         scratch = _Scratch(
             system.buffers(record.scratch), [system.buffers(n) for n in _replay_rows(self.solve, record)]
         )
@@ -596,10 +636,18 @@ class _Backward:
     # Which attempts were steps.
 
     def _accepted(self, i: Array) -> Array:
+        """Whether attempt i, (), or each row's own attempt, (rows,), was a step."""
         live = i < self.attempts
-        if self.noted is None:
-            return live
-        return live & (self.noted[jnp.minimum(i, self.solve.max_steps - 1), 1] > 0)
+        return live if self.noted is None else live & (self._noted(i)[1] > 0)
+
+    def _noted(self, i: Array) -> tuple[Array, Array]:
+        """Time and signed size of attempt i, or of each row's own."""
+        assert self.noted is not None
+        i = jnp.minimum(i, self.solve.max_steps - 1)
+        if i.ndim == 0:
+            return self.noted[i, 0], self.noted[i, 1]
+        rows = jnp.arange(self.system.rows)
+        return self.noted[i, 0, rows], self.noted[i, 1, rows]
 
     def _next(self, i: Array, stop: Array) -> Array:
         """The first attempt from i on that some row accepted, at most stop."""
@@ -612,7 +660,8 @@ class _Backward:
         if self.noted is None:
             t, h, _, last = stepper.fixed_size(i)
             return _Step(i, t, jnp.where(accepted, h, 0.0), accepted, None, last)
-        t, size = self.noted[i, 0], abs(self.noted[i, 1])
+        t, size = self._noted(i)
+        size = abs(size)
         h = jnp.where(accepted, stepper.direction * size, 0.0)
         if not self.times:
             return _Step(i, t, h, accepted, None, None)
@@ -620,7 +669,7 @@ class _Backward:
         clipped = (abs(stepper.t1 - t) - size < 0.5 * stepper.sliver) & (i < self.attempts)
         # The next size follows from this one by a factor, unless it was limited. If it goes to the end, its cotangent
         # never comes here.
-        following = abs(self.noted[jnp.minimum(i + 1, self.solve.max_steps - 1), 1])
+        following = abs(self._noted(i + 1)[1])
         slope = following / jnp.where(size > 0, size, 1.0)
         if self.solve.step.dtmax is not None:
             slope = jnp.where(following >= self.solve.step.dtmax, 0.0, slope)
@@ -703,35 +752,56 @@ class _Backward:
     # Walk back.
 
     def _walk(self, start: Array, stop: Array, cotangents: _Cotangents, states: list[Array]) -> _Cotangents:
-        def skip(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            """Behind the latest attempt before i that some row accepted, through the others."""
+        """Pull back attempts start..stop, whose states are `states`.
 
-            def rejected(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        Where sizes are chosen row by row, so is what is rejected: each row goes back through its own steps, and as many are
+        pulled back as the row with the most steps has, not as many as there are attempts that some row accepted.
+        """
+        own = self.noted is not None and self.system.rows > 1
+
+        def left(i: Array) -> Array:
+            return i > start
+
+        def skip(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            """Behind the latest step before i, through the attempts since."""
+
+            def rejected(i: Array) -> Array:
+                accepted = self._accepted(i - 1)
+                return left(i) & ~(accepted if own else any_lane(accepted))
+
+            def through(carry: tuple[Array, Any]) -> tuple[Array, Any]:
                 i, times = carry
+                here = rejected(i)
                 if self.times:
                     zero = jnp.zeros_like(self.stepper.t0)
-                    times = self._through_size(self._taken(i - 1), times, zero, zero)
-                return i - 1, times
+                    passed = self._through_size(self._taken(i - 1), times, zero, zero)
+                    times = _chosen(here, passed, times)
+                return i - here.astype(jnp.int32), times
 
             if self.noted is None:
                 return carry
-            return lax.while_loop(
-                lambda carry: (carry[0] > start) & ~any_lane(self._accepted(carry[0] - 1)), rejected, carry
-            )
+            return lax.while_loop(lambda carry: jnp.any(rejected(carry[0])), through, carry)
 
         def times_of(cotangents: _Cotangents) -> Any:
             return (cotangents.t, cotangents.h, cotangents.t1)
 
         def back(carry: tuple[Array, _Cotangents]) -> tuple[Array, _Cotangents]:
             i, cotangents = carry
-            y = self.system.restore(states, i - 1 - start)
-            cotangents = self._step(self._taken(i - 1), y, cotangents)
-            i, (t, h, t1) = skip((i - 1, times_of(cotangents)))
+            before, here = jnp.maximum(i - 1, start), left(i)
+            taken = self._taken(before)
+            taken = taken._replace(h=jnp.where(here, taken.h, 0.0), accepted=taken.accepted & here)
+            y = self.system.restore(states, before - start)
+            times = times_of(cotangents)
+            cotangents = self._step(taken, y, cotangents)
+            if self.times:
+                times = _chosen(here, times_of(cotangents), times)
+            i, (t, h, t1) = skip((before, times))
             return i, cotangents._replace(t=t, h=h, t1=t1)
 
-        i, (t, h, t1) = skip((stop, times_of(cotangents)))
+        last = jnp.full(self.system.rows, stop) if own else stop
+        i, (t, h, t1) = skip((last, times_of(cotangents)))
         return lax.while_loop(
-            lambda carry: carry[0] > start, back, (i, cotangents._replace(t=t, h=h, t1=t1))
+            lambda carry: jnp.any(left(carry[0])), back, (i, cotangents._replace(t=t, h=h, t1=t1))
         )[1]
 
     def _alive(self, taken: _Step, y: Pieces) -> tuple[Array, Array, Pieces, list[Array]]:
@@ -816,9 +886,9 @@ class _Backward:
         return slope, lambda ct: (*pull(ct), None)
 
     def _accumulate(self, totals: list[Any], terms: list[Array], accepted: Array) -> list[Any]:
-        rest, lanes = iter(terms), self.system.lane
+        rest = iter(terms)
         added = []
-        for total, lane in zip(totals, lanes, strict=True):
+        for total, lane in zip(totals, self.system.lane, strict=True):
             term = None if total is None else next(rest)
             if term is not None and lane and self.system.rows > 1:
                 term = jnp.where(_across(accepted, term), term, 0.0)

@@ -1476,6 +1476,41 @@ def _tile_products(jaxpr: Any, lane: Sequence[bool]) -> int:
     return count
 
 
+def products_of_lanes(jaxpr: Any, lane: Sequence[bool]) -> bool:
+    """Whether a product in it has lanes in both factors: then lanes are a batch of products, not an axis of one."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
+    env.update(zip(jaxpr.invars, lane, strict=True))
+    for eqn in jaxpr.eqns:
+        name = _name(eqn)
+        kinds = [env.get(a, False) if isinstance(a, Var) else False for a in eqn.invars]
+        if name == "dot_general" and all(kinds):
+            return True
+        outs = _lanes_after(name, eqn, kinds)
+        if any(
+            products_of_lanes(i, k)
+            for i, k in zip(_inner(name, eqn), _inner_lanes(name, eqn, kinds, outs), strict=True)
+        ):
+            return True
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return False
+
+
+def _inner_lanes(
+    name: str, eqn: JaxprEqn, lanes: Sequence[bool], outs: Sequence[bool]
+) -> list[Sequence[bool]]:
+    """Which inputs of the jaxprs that an equation runs have lanes."""
+    if name == "cond":
+        return [lanes[1:]] * len(eqn.params["branches"])
+    if name == "scan":
+        n, m = scan_counts(eqn.params)
+        return [[*lanes[:n], *outs[:m], *lanes[n + m :]]]
+    if name == "while":
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        return [[*lanes[:n], *outs], [*lanes[n : n + m], *outs]]
+    return [lanes] * len(_inner(name, eqn))
+
+
 def operation_count(jaxpr: Any) -> int:
     """Scalar operations of one evaluation.
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -292,8 +293,34 @@ def test_code_and_constants_are_one_section() -> None:
         code = cpu.compile_object(source.payload.encode(), cpu.machine())
         found = elf.sections(code)
         assert [s.name for s in found if s.flags & 2] == [".text"], "nothing else is loaded"
-        assert code[:4] == b"\x7fELF" and elf.join_constants(code) == code
-    assert elf.join_constants(b"no ELF") == b"no ELF"
+        assert code[:4] == b"\x7fELF" and elf.one_section(code) == code
+        assert elf.far_calls(code) == []
+    assert elf.one_section(b"no ELF") == b"no ELF"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other object files")
+def test_calls_of_other_libraries_stay_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linker's table of other libraries' functions is a section of its own: code must not need it."""
+
+    def pendulum(t: Any, y: Any, p: Any) -> Any:
+        return jnp.stack([y[1], -p * jnp.sin(y[0])])
+
+    y0s = jnp.ones((4, 2))
+    payloads: list[bytes] = []
+    original = cpu.compiler.object_code
+
+    def caught(key: str, payload: bytes) -> bytes:
+        payloads.append(payload)
+        return original(key, payload)
+
+    monkeypatch.setattr(cpu.compiler, "object_code", caught)
+    sols = pk.solve_ensemble(pendulum, y0s, 0.0, 1.0, 9.0, config=pk.Config(runner="native"))
+    assert np.isfinite(np.asarray(sols.ys)).all() and payloads
+    monkeypatch.setattr(elf, "one_section", lambda code: code)
+    plain = cpu.compile_object(payloads[0], cpu.machine())
+    monkeypatch.undo()
+    assert platform.machine() != "x86_64" or elf.far_calls(plain), "this field calls sin"
+    assert elf.far_calls(elf.one_section(plain)) == []
 
 
 def test_object_code_on_disk(own_cache: Path) -> None:
@@ -444,6 +471,7 @@ def test_a_thousand_kernels_do_not_leak() -> None:
 
 
 SCRIPT = """
+import platform
 import sys
 import jax
 jax.config.update("jax_enable_x64", True)

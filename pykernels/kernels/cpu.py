@@ -34,7 +34,7 @@ from pykernels.kernels.llvm import as_native
 from pykernels.kernels.stepper import Solve
 
 # Bytes of object code in the disk cache are valid for one format of this file, one LLVM and one CPU.
-_FORMAT = 4
+_FORMAT = 5
 # Registers per lane vector of a small system. Two give the processor independent work while it waits for results; beyond a
 # few state elements the values of an attempt no longer fit into the registers there are.
 SMALL_ELEMENTS, SMALL_REGISTERS = 4, 2
@@ -369,7 +369,7 @@ def compile_object(payload: bytes, target: Machine) -> bytes:
     )
     module.data_layout = str(machine_.target_data)
     llvm.optimise(module, machine_)
-    return elf.join_constants(machine_.emit_object(module))
+    return elf.one_section(machine_.emit_object(module))
 
 
 class Compiler:
