@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pykernels as pk
-from pykernels.stream import Batches, Shuffle, Table
+from pykernels.stream import Batches, Shuffle, Table, columns
 from pykernels.stream.source import BlockOrder, as_source, prefetched
 
 ROWS = 103
@@ -319,6 +319,48 @@ def test_an_iterator_lasts_for_one_pass():
     with pytest.raises(ValueError, match="has been read before"):
         source.open(None, 1)
     as_source(Counting(10, True)).check_passes(5, "")
+
+
+def test_reads_use_memory_again_that_nobody_holds(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(40.0))
+    column = columns.as_column(np.load(tmp_path / "x.npy", mmap_mode="r"))
+
+    def address(array):
+        return array.__array_interface__["data"][0]
+
+    first = column.read(0, 10)
+    part, place = first[3:].reshape(7, 1), address(first)
+    held = jnp.asarray(column.read(10, 20))
+    del first
+    second = column.read(20, 30)
+    assert address(second) != place, "a view still holds the first read"
+    np.testing.assert_array_equal(part[:, 0], np.arange(3.0, 10.0))
+    del part
+    shorter = column.read(30, 35)
+    np.testing.assert_array_equal(shorter, np.arange(30.0, 35.0))
+    del second
+    third, fourth = column.read(0, 10), column.read(30, 40)
+    np.testing.assert_array_equal(held, np.arange(10.0, 20.0))
+    np.testing.assert_array_equal(third, np.arange(10.0))
+    np.testing.assert_array_equal(fourth, np.arange(30.0, 40.0))
+    where = address(third)
+    del third, fourth
+    assert where in [address(array) for array in [column.read(10, 20) for _ in range(columns.READS_KEPT)]]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_memory_used_again_reaches_no_batch_on_its_way(prefetch, tmp_path):
+    """Far more reads than the pass holds at once, each for a slow program: every row arrives as it was read."""
+    rows = 1 << 21
+    np.save(tmp_path / "x.npy", np.arange(float(rows)))
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    def terms(p, batch):
+        return p * jax.lax.fori_loop(0, 20, lambda _, v: jnp.cos(v) * 0 + v, batch)
+
+    of = pk.stream.value_and_grad(terms, x, batch_size=1 << 12, prefetch=prefetch)
+    value, slope = of(1.0)
+    assert value == slope == (rows - 1) / 2, "integers, exact sums"
 
 
 @pytest.mark.parametrize("module", ["h5py", "pyarrow.parquet"])

@@ -6,6 +6,8 @@ import importlib
 import math
 import mmap
 import os
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +17,8 @@ import numpy as np
 
 # Of XLA's buffers, in bytes.
 ALIGNMENT = 64
+# For a column's next reads. A pass lets go of one read at a time; what it holds at the end is given back.
+READS_KEPT = 2
 
 PyTree = Any
 PathLike = str | os.PathLike[str]
@@ -58,9 +62,11 @@ class Raw:
     def __init__(self, path: PathLike, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> None:
         self._path, self._offset = os.fspath(path), offset
         self.shape, self.dtype = shape, dtype
+        # Of reads that nobody holds any more.
+        self._free: deque[memoryview] = deque(maxlen=READS_KEPT)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        rows = aligned((stop - start, *self.shape[1:]), self.dtype)
+        rows = self._rows((stop - start, *self.shape[1:]))
         size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         with open(self._path, "rb", buffering=0) as file:
             file.seek(self._offset + start * size)
@@ -72,13 +78,20 @@ class Raw:
                 view = view[count:]
         return rows
 
+    def _rows(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array, with anything in it, that begins where XLA wants its buffers: on a CPU it becomes one without a copy.
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array, with anything in it, that begins where XLA wants its buffers: on a CPU it becomes one without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    begin = -memory.__array_interface__["data"][0] % ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+        Its memory is that of an earlier read if there is one of this size that neither the host nor the device holds any
+        more: the system hands out new memory page by page, which takes as long as reading into it.
+        """
+        size = math.prod(shape) * self.dtype.itemsize
+        memory = self._free.pop() if self._free else memoryview(b"")
+        if memory.nbytes != size + ALIGNMENT:
+            memory = np.empty(size + ALIGNMENT, np.uint8).data
+        whole = np.frombuffer(memory, np.uint8)  # lives as long as any view of it
+        weakref.finalize(whole, self._free.append, memory).atexit = False
+        begin = -whole.__array_interface__["data"][0] % ALIGNMENT
+        return whole[begin : begin + size].view(self.dtype).reshape(shape)
 
 
 def as_column(leaf: Any) -> Column:

@@ -34,8 +34,8 @@ from pykernels.stream.sums import (
 )
 
 # What goes to the device at once, and how many of these may wait there: enough to hide the host's work, little memory.
-CHUNK_BYTES = 2 << 20
-CHUNKS_AHEAD = 3
+CHUNK_BYTES = 4 << 20
+CHUNKS_AHEAD = 2
 
 
 class Counts(NamedTuple):
