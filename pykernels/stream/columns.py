@@ -17,8 +17,8 @@ import numpy as np
 
 # Of XLA's buffers, in bytes.
 ALIGNMENT = 64
-# For a column's next reads. A pass lets go of one read at a time; what it holds at the end is given back.
-READS_KEPT = 2
+# Memory of reads that nobody holds any more, for the next ones: a pass lets go of one read at a time.
+_free: deque[memoryview] = deque(maxlen=2)
 
 PyTree = Any
 PathLike = str | os.PathLike[str]
@@ -62,14 +62,11 @@ class Raw:
     def __init__(self, path: PathLike, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> None:
         self._path, self._offset = os.fspath(path), offset
         self.shape, self.dtype = shape, dtype
-        # Of reads that nobody holds any more.
-        self._free: deque[memoryview] = deque(maxlen=READS_KEPT)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        rows = self._rows((stop - start, *self.shape[1:]))
-        size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        rows = _aligned((stop - start, *self.shape[1:]), self.dtype)
         with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._offset + start * size)
+            file.seek(self._offset + start * self.dtype.itemsize * math.prod(self.shape[1:]))
             view = memoryview(rows.reshape(-1).view(np.uint8).data) if rows.size else memoryview(b"")
             while len(view):
                 count = file.readinto(view)
@@ -78,20 +75,31 @@ class Raw:
                 view = view[count:]
         return rows
 
-    def _rows(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array, with anything in it, that begins where XLA wants its buffers: on a CPU it becomes one without a copy.
 
-        Its memory is that of an earlier read if there is one of this size that neither the host nor the device holds any
-        more: the system hands out new memory page by page, which takes as long as reading into it.
-        """
-        size = math.prod(shape) * self.dtype.itemsize
-        memory = self._free.pop() if self._free else memoryview(b"")
-        if memory.nbytes != size + ALIGNMENT:
-            memory = np.empty(size + ALIGNMENT, np.uint8).data
-        whole = np.frombuffer(memory, np.uint8)  # lives as long as any view of it
-        weakref.finalize(whole, self._free.append, memory).atexit = False
-        begin = -whole.__array_interface__["data"][0] % ALIGNMENT
-        return whole[begin : begin + size].view(self.dtype).reshape(shape)
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, with anything in it, that begins where XLA wants its buffers: on a CPU it becomes one without a copy.
+
+    Its memory is that of an earlier read if there is one of this size that neither the host nor the device holds any more:
+    the system hands out new memory page by page, which takes as long as reading into it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = _memory(size + ALIGNMENT)
+    whole = np.frombuffer(memory, np.uint8)  # lives as long as any view of it
+    weakref.finalize(whole, _free.append, memory).atexit = False
+    begin = -whole.__array_interface__["data"][0] % ALIGNMENT
+    return whole[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _memory(size: int) -> memoryview:
+    for _ in range(len(_free)):
+        try:
+            memory = _free.popleft()
+        except IndexError:  # another thread was faster
+            break
+        if memory.nbytes == size:
+            return memory
+        _free.append(memory)
+    return np.empty(size, np.uint8).data
 
 
 def as_column(leaf: Any) -> Column:

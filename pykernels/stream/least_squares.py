@@ -209,7 +209,9 @@ def _normal_reduction(
             raise TypeError(f"weights must be one number per row, shape ({count},), not {weights.shape}")
         return r, jacobian, weights.astype(dtype)
 
-    def sums(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, jax.Array | None]:
+    def sums(
+        params: PyTree, batch: PyTree, use: jax.Array, count: jax.Array
+    ) -> tuple[Sums, jax.Array | None]:
         r, jacobian, weights = linearized(params, batch)
         used = jnp.broadcast_to(use[:, None], r.shape)
         zero = jnp.zeros((), r.dtype)
@@ -225,7 +227,7 @@ def _normal_reduction(
         matrix = jnp.einsum("ren,rem->nm", curvature[..., None] * jacobian, jacobian, precision=exactly)
         # The number of residuals has the place of the sum of the weights, which nobody needs here.
         all_ok = None if weights is None else jnp.bool_(True)
-        return Sums(cost, jnp.sum(used, dtype=r.dtype), (gradient, matrix)), all_ok
+        return Sums(cost, (count * r.shape[1]).astype(r.dtype), (gradient, matrix)), all_ok
 
     def rows(params: PyTree, batch: PyTree) -> Rows:
         r, jacobian, weights = linearized(params, batch)

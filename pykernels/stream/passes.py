@@ -28,13 +28,14 @@ from pykernels.stream.sums import (
     add,
     compiled,
     finished,
+    row_count,
     traced_terms,
     zero_sums,
     zero_totals,
 )
 
 # What goes to the device at once, and how many of these may wait there: enough to hide the host's work, little memory.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 3 << 20
 CHUNKS_AHEAD = 2
 
 
@@ -258,11 +259,6 @@ class InFlight:
 def scalars(chunk: Chunk, batch_size: int) -> tuple[np.int32, ...]:
     """A chunk's numbers as a program takes them."""
     return np.int32(chunk.first), np.int32(chunk.batches), np.int32(chunk.rows), np.int32(batch_size)
-
-
-def row_count(data: PyTree) -> int:
-    """Rows of a pytree of arrays."""
-    return jax.tree.leaves(data)[0].shape[0]
 
 
 def sums_program(objective: Objective, kind: str, options: Options) -> Run:

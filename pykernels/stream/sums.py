@@ -180,24 +180,26 @@ class Rows(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What to do with a batch. `sums(params, batch, use)`: the sums over rows in use, and whether the user leaves none of
-    these out (None if there is no way to); `rows(params, batch)`: each row's fate."""
+    """What to do with a batch. `sums(params, batch, use, count)`: the sums over the rows in use, of which there are `count`,
+    and whether the user leaves none of these out (None if there is no way to); `rows(params, batch)`: each row's fate."""
 
-    sums: Callable[[PyTree, PyTree, jax.Array], tuple[Sums, jax.Array | None]]
+    sums: Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[Sums, jax.Array | None]]
     rows: Callable[[PyTree, PyTree], Rows]
 
 
 def loss_reduction(terms: Callable[[PyTree, PyTree], Any], kind: str, gradient: Gradient) -> Reduction:
     """The sums of a loss, of kind "value" or "gradient"."""
 
-    def sums(params: PyTree, batch: PyTree, use: jax.Array) -> tuple[Sums, jax.Array | None]:
+    def sums(
+        params: PyTree, batch: PyTree, use: jax.Array, count: jax.Array
+    ) -> tuple[Sums, jax.Array | None]:
         dtype = common_dtype(params)
 
         def total(params: PyTree) -> tuple[jax.Array, Extra]:
             value, weight, ok = _checked_terms(terms(params, batch), use.shape[0], dtype)
             zero = jnp.zeros((), dtype)
             summed = jnp.sum(jnp.where(use, value if weight is None else value * weight, zero))
-            weights = jnp.sum(use, dtype=dtype) if weight is None else jnp.sum(jnp.where(use, weight, zero))
+            weights = count.astype(dtype) if weight is None else jnp.sum(jnp.where(use, weight, zero))
             if ok is None:
                 return summed, (weights, None if weight is None else jnp.bool_(True))
             return summed, (weights, jnp.all(ok | ~use))
@@ -209,7 +211,7 @@ def loss_reduction(terms: Callable[[PyTree, PyTree], Any], kind: str, gradient: 
         return Sums(summed, weights, jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), slope)), all_ok
 
     def rows(params: PyTree, batch: PyTree) -> Rows:
-        length = jax.tree.leaves(batch)[0].shape[0]
+        length = row_count(batch)
         value, weight, ok = _checked_terms(terms(params, batch), length, common_dtype(params))
         everything = jnp.ones((length,), bool)
         finite, used = jnp.isfinite(value), everything
@@ -325,8 +327,9 @@ def _batch_sums(
             start = (i, j * tile, *[jnp.int32(0)] * len(rest))
             return lax.dynamic_slice(values, start, (1, tile, *rest))[0]
 
-        valid = j * tile + jnp.arange(tile, dtype=jnp.int32) < rows
-        return _good_sums(reduction, params, jax.tree.map(leaf, data), valid, nan)
+        return _good_sums(
+            reduction, params, jax.tree.map(leaf, data), jnp.clip(rows - j * tile, 0, tile), nan
+        )
 
     pieces = jax.tree.leaves(data)[0].shape[1] // tile
     if pieces == 1:
@@ -342,9 +345,9 @@ def _batch_sums(
 
 
 def _good_sums(
-    reduction: Reduction, params: PyTree, batch: PyTree, valid: jax.Array, nan: NanPolicy
+    reduction: Reduction, params: PyTree, batch: PyTree, count: jax.Array, nan: NanPolicy
 ) -> tuple[Sums, jax.Array, jax.Array]:
-    """The sums over the valid rows without those that are left out or not finite.
+    """The sums over the first `count` rows without those that are left out or not finite.
 
     A row that does not count must not reach the gradient, and the derivative of a NaN term times zero is NaN. So rows out
     of use are replaced by a row in use before the model, and their terms by zero behind it. Rows beyond the data are
@@ -353,7 +356,8 @@ def _good_sums(
     ones.
     """
     zero = jnp.int32(0)
-    sums, all_ok = reduction.sums(params, batch, valid)
+    valid = jnp.arange(row_count(batch), dtype=jnp.int32) < count
+    sums, all_ok = reduction.sums(params, batch, valid, count)
     if all_ok is None:
         if nan == "raise":  # no row is ever left out
             return sums, zero, zero
@@ -368,11 +372,16 @@ def _good_sums(
             mask = good.reshape(good.shape + (1,) * (values.ndim - 1))
             return jnp.where(mask, values, lax.dynamic_index_in_dim(values, first))
 
-        filled = reduction.sums(params, jax.tree.map(leaf, batch), good)[0]
+        filled = reduction.sums(params, jax.tree.map(leaf, batch), good, _count(good))[0]
         some = jax.tree.map(lambda s: jnp.where(jnp.any(good), s, jnp.zeros_like(s)), filled)
         return some, _count(valid & ~rows.ok), _count(valid & rows.ok & ~rows.finite & rows.used)
 
     return lax.cond(all_ok & _all_finite(sums), lambda _: (sums, zero, zero), again, None)
+
+
+def row_count(data: PyTree) -> int:
+    """Rows of a pytree of arrays."""
+    return jax.tree.leaves(data)[0].shape[0]
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
