@@ -18,6 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import problems
 
+from bench.written import FIELDS
+
 Field = Callable[[Any, Any, Any], Any]
 
 # diffrax starts with 0.01 when it is given no first step.
@@ -242,7 +244,10 @@ def around(
             problem.args(), trajectories, scale, 1
         )
 
-    return Problem(anew(problem), inputs, "float64", t1=problem.t1, atol=1e-9, hand_steps=hand_steps)
+    return Problem(
+        anew(problem), inputs, "float64", t1=problem.t1, atol=1e-9, hand_steps=hand_steps,
+        written=problem.name if problem.name in FIELDS else None,
+    )  # fmt: skip
 
 
 def divergent(trajectories: int) -> Problem:
@@ -296,6 +301,36 @@ def fisher_ring(sites: int) -> Problem:
     )  # fmt: skip
 
 
+def _brusselator(t: Any, y: Any, args: Any) -> Any:
+    """Two concentrations on a torus, 32 sites around one way; the state is flat, site after site."""
+    u, v = jnp.moveaxis(y.reshape(-1, 32, 2), -1, 0)
+
+    def laplacian(x: Any) -> Any:
+        return sum(jnp.roll(x, by, axis) for axis in (0, 1) for by in (-1, 1)) - 4 * x
+
+    rate = u * u * v
+    slopes = (
+        args[0] + rate - (args[1] + 1) * u + args[2] * laplacian(u),
+        args[1] * u - rate + args[2] * laplacian(v),
+    )
+    return jnp.stack(slopes, axis=-1).reshape(-1)
+
+
+def brusselator(sites: int) -> Problem:
+    """Prigogine and Lefever's reaction on a torus of so many sites, whose initial values repeat every 32 x 32 of them."""
+
+    def inputs() -> tuple[Any, Any]:
+        x, y = np.meshgrid(*[2 * np.pi * np.arange(n) / 32 for n in (sites // 32, 32)], indexing="ij")
+        state = np.stack([1 + 0.3 * np.sin(x) * np.cos(y), 3 + 0.2 * np.cos(x - 2 * y)], axis=-1)
+        return state.reshape(-1), np.array([1.0, 3.0, 0.2])
+
+    repeats = sites // 1_024
+    return Problem(
+        lambda: lambda t, y, args: _brusselator(t, y, args), inputs, "float64", t1=1.0, atol=1e-9, alone=True,
+        cell=brusselator(1_024) if repeats > 1 else None, repeats=repeats, max_steps=256,
+    )  # fmt: skip
+
+
 def long_horizon(steps: int) -> Problem:
     """One trajectory over so many fixed steps."""
     return Problem(
@@ -337,6 +372,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "reaction-diffusion": fisher_ensemble,
     "long horizon": long_horizon,
     "ring": fisher_ring,
+    "Brusselator": brusselator,
     "single": single,
     "large neural field": large_neural_field,
     "stiff": stiff,

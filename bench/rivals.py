@@ -30,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 import pykernels as pk
 from bench.cases import FIRST_STEP, Case, Problem
 from bench.timing import LONG_SECONDS, timed
-from bench.written import FIELDS, Written, rows
+from bench.written import FIELDS, Written, leaves_of, rows
 from pykernels.kernels import cpu
 
 
@@ -286,7 +286,8 @@ def scipy_program(problem: Problem, gradient: bool) -> Program:
     from scipy.integrate import solve_ivp
 
     field = _written(problem).plain
-    y0s, ps = rows(*problem.inputs(), problem.alone)
+    (starts, args), alone = problem.inputs(), problem.alone
+    y0s, ps = rows(starts, alone), rows(args, alone)
     method = "Radau" if problem.stiff else "RK45"
 
     def run() -> Any:
@@ -297,8 +298,8 @@ def scipy_program(problem: Problem, gradient: bool) -> Program:
             )
             for y0, p in zip(y0s, ps, strict=True)
         ]  # fmt: skip
-        ys = np.array([one.y[:, -1] for one in solved])
-        return (None, (ys[0] if problem.alone else ys, np.array([one.nfev for one in solved]))), None
+        ys = leaves_of(np.array([one.y[:, -1] for one in solved]), starts, alone)
+        return (None, (ys, np.array([one.nfev for one in solved]))), None
 
     return Program(run, 0.0, evaluations=lambda counts: int(np.sum(counts)), label=method)
 
@@ -341,20 +342,19 @@ def _torch(name: str) -> tuple[Any, Any]:
 def _torch_program(torch: Any, final: Callable[[Any, Any], Any], problem: Problem, gradient: bool) -> Program:
     field = _written(problem).torch
     assert field is not None
-    y0s, ps = (torch.tensor(a) for a in rows(*problem.inputs(), problem.alone))
+    (starts, args), alone = problem.inputs(), problem.alone
+    y0s, ps = (torch.tensor(rows(tree, alone)) for tree in (starts, args))
     ps.requires_grad_(gradient)
-
-    def own(array: np.ndarray) -> np.ndarray:
-        return array[0] if problem.alone else array
 
     def run() -> Any:
         with torch.set_grad_enabled(gradient):
             ys = final(lambda t, y: field(t, y, ps), y0s)
             if not gradient:
-                return (None, (own(ys.numpy()), None)), None
+                return (None, (leaves_of(ys.numpy(), starts, alone), None)), None
             loss = (ys**2).sum()
             (slope,) = torch.autograd.grad(loss, ps)
-        return (loss.item(), (own(ys.detach().numpy()), None)), own(slope.numpy())
+        states = leaves_of(ys.detach().numpy(), starts, alone)
+        return (loss.item(), (states, None)), leaves_of(slope.numpy(), args, alone)
 
     return Program(run, 0.0)
 
@@ -362,7 +362,8 @@ def _torch_program(torch: Any, final: Callable[[Any, Any], Any], problem: Proble
 def cpp_program(problem: Problem, gradient: bool) -> Program:
     """`hand.cpp`, compiled for this machine; threads as many as cores."""
     seconds, library = timed(functools.partial(_cpp_library, problem.written, problem.max_steps))
-    y0s, ps = rows(*problem.inputs(), problem.alone)
+    (starts, args), alone = problem.inputs(), problem.alone
+    y0s, ps = rows(starts, alone), rows(args, alone)
     ys, attempts = np.empty_like(y0s), np.empty(len(y0s), np.int32)
     slopes = np.empty_like(ps)
 
@@ -379,9 +380,10 @@ def cpp_program(problem: Problem, gradient: bool) -> Program:
         )  # fmt: skip
         if attempts.min() < 0:
             raise RuntimeError("out of steps")
-        results = [a[0] if problem.alone else a for a in (ys, attempts, slopes)]
-        loss = float(np.sum(ys**2)) if gradient else None
-        return (loss, (results[0], results[1])), results[2] if gradient else None
+        states, counts = leaves_of(ys, starts, alone), attempts[0] if alone else attempts
+        if not gradient:
+            return (None, (states, counts)), None
+        return (float(np.sum(ys**2)), (states, counts)), leaves_of(slopes, args, alone)
 
     return Program(run, seconds, evaluations=tsit5_evaluations)
 

@@ -18,9 +18,10 @@ TITLES = {
     "problems": "Other problems",
     "limits": "Where others are faster, or may be",
     "state size": "State size: reaction and diffusion on one ring of 1 to 1,048,576 sites",
+    "plane": "Two dimensions: a Brusselator on one grid of 1,024 to 262,144 sites",
     "devices": "Several devices: one ensemble, split by `shard_map`",
 }
-WHAT = {"steps": "steps", "work and precision": "tolerance", "state size": "sites"}
+WHAT = {"steps": "steps", "work and precision": "tolerance", "state size": "sites", "plane": "sites"}
 # Errors at which work-precision curves are compared.
 MATCHED = (1e-5, 1e-6, 1e-7, 1e-8)
 #: Why another is faster where one is, by section and family; a limit of the design, not of this version.
