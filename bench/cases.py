@@ -318,13 +318,13 @@ def _brusselator(t: Any, y: Any, args: Any) -> Any:
 
 def brusselator(sites: int) -> Problem:
     """Prigogine and Lefever's reaction on a torus of so many sites, whose initial values repeat every 32 x 32 of them."""
+    repeats = max(sites // 1_024, 1)
 
     def inputs() -> tuple[Any, Any]:
-        x, y = np.meshgrid(*[2 * np.pi * np.arange(n) / 32 for n in (sites // 32, 32)], indexing="ij")
+        x, y = np.meshgrid(*[2 * np.pi * np.arange(n) / 32 for n in (32 * repeats, 32)], indexing="ij")
         state = np.stack([1 + 0.3 * np.sin(x) * np.cos(y), 3 + 0.2 * np.cos(x - 2 * y)], axis=-1)
         return state.reshape(-1), np.array([1.0, 3.0, 0.2])
 
-    repeats = sites // 1_024
     return Problem(
         lambda: lambda t, y, args: _brusselator(t, y, args), inputs, "float64", t1=1.0, atol=1e-9, alone=True,
         cell=brusselator(1_024) if repeats > 1 else None, repeats=repeats, max_steps=256,

@@ -36,6 +36,7 @@ REPEATS, SAMPLING_SECONDS = 7, 1.5
 SLOW_SECONDS = 3.0
 
 OURS = ("pykernels, native lanes", "pykernels, portable lanes", "pykernels, array plan")
+REFERENCE = "pykernels, reference"
 JAX = ("lax.scan by hand, RK4", "diffrax", "gradsolve", "jax.experimental.ode")
 QUICK = ("pykernels, native lanes", "pykernels", "lax.scan by hand, RK4", "SciPy", "C++ by hand")
 OTHERS = ("SciPy", "torchdiffeq", "torchode", "C++ by hand")
@@ -94,7 +95,7 @@ def _ensembles(quick: bool) -> Iterator[Entry]:
             elif n == 16_384:
                 rivals = (*OURS, "lax.scan by hand, RK4", "diffrax", "C++ by hand")
             elif n in (1, 16):
-                rivals = (OURS[0], *JAX[:2], *OTHERS[:2], OTHERS[-1])
+                rivals = (OURS[0], REFERENCE, *JAX[:2], *OTHERS[:2], OTHERS[-1])
             elif n == 1_048_576:
                 rivals = (OURS[0], "C++ by hand")
             else:

@@ -31,6 +31,7 @@ import pykernels as pk
 from bench.cases import FIRST_STEP, Case, Problem
 from bench.timing import LONG_SECONDS, timed
 from bench.written import FIELDS, Written, leaves_of, rows
+from pykernels import reference
 from pykernels.kernels import cpu
 
 
@@ -82,7 +83,21 @@ def pykernels_program(problem: Problem, gradient: bool, config: pk.Config | None
     return _compiled(_ours(problem, config), problem, gradient)
 
 
-def _ours(problem: Problem, config: pk.Config | None = None) -> Callable[[Any, Any], Any]:
+class _Remembering:
+    """An adjoint in the reference's manner: every step is remembered, and JAX goes back through all of it."""
+
+    def integrate(self, spec: Any, inputs: Any) -> Any:
+        return reference.solve(inputs, spec)
+
+
+def reference_program(problem: Problem, gradient: bool) -> Program:
+    """pykernels's specification of a solve, in plain JAX."""
+    return _compiled(_ours(problem, adjoint=_Remembering()), problem, gradient)
+
+
+def _ours(
+    problem: Problem, config: pk.Config | None = None, adjoint: Any = None
+) -> Callable[[Any, Any], Any]:
     field = problem.field()
     adaptive = problem.fixed_steps is None
     settings: dict[str, Any] = {
@@ -92,6 +107,8 @@ def _ours(problem: Problem, config: pk.Config | None = None) -> Callable[[Any, A
         "config": config,
         "throw": False,
     }
+    if adjoint is not None:
+        settings["adjoint"] = adjoint
 
     def final(y0s: Any, args: Any) -> Any:
         if problem.alone:
@@ -455,6 +472,7 @@ RIVALS = {
         Rival("pykernels, native lanes", native_program),
         Rival("pykernels, portable lanes", functools.partial(pykernels_program, config=pk.Config(runner="xla"))),
         Rival("pykernels, array plan", functools.partial(pykernels_program, config=pk.Config(plan="array"))),
+        Rival("pykernels, reference", reference_program, lambda problem, gradient: problem.lanes <= 16),
         Rival("pykernels, 1 device", functools.partial(devices_program, 1)),
         Rival("pykernels, 2 devices", functools.partial(devices_program, 2)),
         Rival("lax.scan by hand, RK4", scan_program, lambda problem, gradient: not problem.stiff),

@@ -15,7 +15,7 @@ from jax import lax
 from problems import KEPLER, LORENZ, PERCEPTRON, SIR, spread
 
 import pykernels as pk
-from pykernels import array_plan
+from pykernels import array_plan, lanes
 from pykernels.field import trace_field
 from pykernels.kernels import cpu
 from pykernels.kernels.stepper import Solve
@@ -104,6 +104,99 @@ def test_gradients_of_diffrax():
         return total(jax.tree.map(lambda leaf: leaf[0], sol.ys))
 
     close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(y0, args) for f in (ours, theirs)), 1e-9)
+
+
+# Rows.
+
+
+def test_narrow_rows_last_are_the_same_as_rows_first(monkeypatch):
+    """Many rows of few columns: the field is evaluated with the rows last, forwards and backwards."""
+    y0s = spread(PERCEPTRON.y0(), array_plan.MANY_ROWS)
+    layers = jax.tree.map(jnp.asarray, PERCEPTRON.args())
+    lifts = []
+    lift = array_plan._narrow_lift
+    monkeypatch.setattr(array_plan, "_narrow_lift", lambda *a: lifts.append(lift(*a)) or lifts[-1])
+
+    def solved():
+        def loss(layers, y0s):
+            sols = pk.solve_ensemble(
+                PERCEPTRON.field, y0s, 0.0, 1.0, layers, step=pk.Adaptive(1e-4, 1e-4), config=ARRAY
+            )
+            return total(sols.ys), sols.stats.attempts
+
+        jax.clear_caches()
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(layers, y0s)
+
+    last = solved()
+    assert lifts and all(lifts)
+    monkeypatch.setattr(array_plan, "NARROW", 0)
+    lifts.clear()
+    first = solved()
+    assert lifts and not any(lifts)
+    close(last, first, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("field", "shapes"),
+    [
+        (lambda t, y, w: jnp.sin(t) * (w @ y), [(3,), (3, 3)]),
+        (lambda t, y, w: lax.scan(lambda y, m: (jnp.tanh(m @ y), None), y, w)[0], [(2,), (3, 2, 2)]),
+        (lambda t, y, w: jnp.outer(y, y) @ y, [(3,), ()]),
+        (lambda t, y, w: lax.while_loop(lambda y: y[0] < 1, lambda y: y + y * (y @ y), y), [(2,), ()]),
+        (lambda t, y, w: lax.cond(t > 1, lambda: w @ y, lambda: y * (y @ y)), [(2,), (2, 2)]),
+    ],
+)
+def test_products_in_which_rows_have_both_factors(field, shapes):
+    y, w = (jnp.ones(shape) for shape in shapes)
+    traced, _ = trace_field(field, y, w)
+    found = lanes.products_of_lanes(traced.jaxpr, (True, True, False))
+    batched = jax.make_jaxpr(jax.vmap(field, in_axes=(0, 0, None)))(jnp.ones(5), jnp.ones((5, *y.shape)), w)
+    batches = re.findall(r"dimension_numbers=\(\(.*?\), \((\[.*?\]), (\[.*?\])\)\)", str(batched))
+    assert batches, "it has products"
+    assert found == any(left != "[]" for left, _ in batches), "as JAX batches them"
+
+
+@pytest.mark.parametrize("storage", [pk.Milestones(256, 1), pk.Milestones(4, 4)])
+def test_rows_go_back_through_their_own_steps(storage):
+    """As many steps are pulled back as the row with the most steps has, where every state is kept; rejected attempts, which
+    are others in each row, cost nothing."""
+    pulled = []
+
+    @jax.custom_vjp
+    def slope(y, rate):
+        return rate * jnp.stack([y[1], -y[0]])
+
+    def forwards(y, rate):
+        return slope(y, rate), (y, rate)
+
+    def backwards(kept, ct):
+        y, rate = kept
+        jax.debug.callback(lambda: pulled.append(1))
+        return rate * jnp.stack([-ct[1], ct[0]]), ct @ jnp.stack([y[1], -y[0]])
+
+    slope.defvjp(forwards, backwards)
+    rates = jnp.asarray([1.0, 3.0, 9.0, 14.0])
+    y0s = jnp.ones((4, 2))
+
+    def loss(rates, slope, config):
+        sols = pk.solve_ensemble(
+            lambda t, y, rate: slope(y, rate * (1 + jnp.sin(6 * t) ** 2)), y0s, 0.0, 2.0, rates, in_axes=(0, 0),
+            step=pk.Adaptive(1e-4, 1e-6), dt0=0.3, adjoint=storage, config=config, max_steps=255,
+        )  # fmt: skip
+        return total(sols.ys), sols.stats
+
+    gradient, stats = jax.jit(jax.grad(lambda rates: loss(rates, slope, ARRAY), has_aux=True))(rates)
+    jax.effects_barrier()
+    stages = pk.tsit5.stages - 1
+    assert len(pulled) % stages == 0
+    steps, accepted, attempts = len(pulled) // stages, int(stats.accepted.max()), int(stats.attempts.max())
+    assert attempts > accepted
+    if storage.count == 256:
+        assert steps == accepted
+    else:
+        assert accepted <= steps < attempts
+    plain = slope.__wrapped__
+    close(gradient, jax.grad(lambda rates: loss(rates, plain, LANES)[0])(rates), 1e-9)
 
 
 # Storage.
