@@ -10,7 +10,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ PACKAGES = (
 )  # fmt: skip
 # Seconds for all of it. No program is started that would probably not end in time.
 BUDGET = 570.0
-REPEATS, SAMPLING_SECONDS = 7, 1.5
+# Turns of each program of an entry, in each of two rounds. A machine's speed drifts, within minutes by more than within the
+# second that an entry takes: all entries have their second round when all have had the first.
+REPEATS, SAMPLING_SECONDS = 4, 0.8
 # A rival that took longer than this for an entry is left out of the larger ones of its series.
 SLOW_SECONDS = 2.5
 
@@ -43,6 +45,7 @@ OTHERS = ("SciPy", "torchdiffeq", "torchode", "C++ by hand")
 
 
 Series = tuple[str, str, str]  # section, case, rival
+Made = tuple[Row, Program, float]  # with the seconds of a run
 
 
 @dataclass(frozen=True)
@@ -200,17 +203,28 @@ def run(
     print(", ".join(f"{key} {value}" for key, value in report.setting.items()), flush=True)
     usual: dict[str, float] = {}
     ended: dict[Series, str] = {}
+    entered: list[tuple[Entry, list[Made]]] = []
+
+    def left() -> float:
+        return budget - (time.perf_counter() - started)
+
     folder.mkdir(parents=True, exist_ok=True)
     for entry in entries(quick):
         if only not in str(entry):
             continue
 
-        def left() -> float:
-            return budget - (time.perf_counter() - started)
-
-        measure(entry, report, left, usual, ended, rivals)
+        # As much time as the first rounds have taken is kept for the second ones.
+        sampled = sum(sum(row.samples) for _, right in entered for row, _, _ in right)
+        right = measure(entry, report, lambda kept=sampled: left() - kept, usual, ended, rivals)
+        sample(right, report.quick, left())
+        entered.append((entry, right))
         report.seconds = round(time.perf_counter() - started, 1)
         write(report, folder / "report.json")
+    for entry, right in entered:
+        sample(right, report.quick, left())
+        for row, _, _ in right:
+            print(f"{entry}, {row.rival}: {row.seconds:.4g} s +- {row.spread:.0%}", flush=True)
+    report.seconds = round(time.perf_counter() - started, 1)
     report.laws = laws(report)
     write(report, folder / "report.json")
     publish(report, folder)
@@ -241,9 +255,10 @@ def measure(
     usual: dict[str, float],
     ended: dict[Series, str],
     rivals: Mapping[str, Rival] = RIVALS,
-) -> None:
-    """Adds a row for each rival of an entry whose answer is right. `ended`: who has dropped out of a series, and why."""
-    right: list[tuple[Row, Program, float]] = []
+) -> list[Made]:
+    """Adds a row, still without times, for each rival of an entry whose answer is right; these rows and their programs.
+    `ended`: who has dropped out of a series, and why."""
+    right: list[Made] = []
     for name in entry.rivals:
         rival, series = rivals[name], (entry.section, entry.case, name)
         if not rival.enters(entry.problem, entry.gradient):
@@ -262,22 +277,25 @@ def measure(
         right.append(made)
         if made[2] + made[1].overhead > SLOW_SECONDS:
             ended[series] = f"{entry.x:g} took more than {SLOW_SECONDS:g} s"
-    if not right:
+    return right
+
+
+def sample(right: Sequence[Made], quick: bool, left: float) -> None:
+    """A round of samples, in turns, of programs that are right."""
+    if not right or (left <= 0 and right[0][0].samples):
         return
-    repeats = 3 if report.quick else REPEATS
-    target = 0.002 if report.quick else 0.01
-    samples = interleaved(
-        [program.run for _, program, _ in right], [seconds for *_, seconds in right], repeats,
-        min(SAMPLING_SECONDS, left()), target,
-    )  # fmt: skip
-    for (row, program, _), taken in zip(right, samples, strict=True):
-        row.samples = [seconds + program.overhead for seconds in taken]
+    repeats, target = (2, 0.002) if quick else (REPEATS, 0.01)
+    programs, seconds = [program.run for _, program, _ in right], [seconds for *_, seconds in right]
+    budget = min(SAMPLING_SECONDS, max(left, 0.0))
+    for (row, program, _), taken in zip(
+        right, interleaved(programs, seconds, repeats, budget, target), strict=True
+    ):
+        row.samples += [seconds + program.overhead for seconds in taken]
         row.seconds = statistics.median(row.samples)
         row.spread = spread(row.samples)
-        print(f"{entry}, {row.rival}: {row.seconds:.4g} s", flush=True)
 
 
-def _proved(entry: Entry, rival: Rival, report: Report) -> tuple[Row, Program, float] | None:
+def _proved(entry: Entry, rival: Rival, report: Report) -> Made | None:
     """A rival's row so far, its program and the seconds of a run; None if its answer is wrong or it cannot run here."""
     row = Row(entry.section, entry.case, entry.x, rival.name, entry.kind, float("nan"))
     try:

@@ -71,7 +71,7 @@ def intro(report: Report) -> str:
         f"{versions}, Python {python}; {cpu}, {cores} cores, load {load} at the start, commit {commit}; "
         f"{report.seconds:.0f} s for all of it.\n\n"
         "Every row is of a program whose states, and gradient, agree with a reference: SciPy's DOP853 at 1e-12 with its "
-        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns. `time` is the "
+        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns, in two rounds some minutes apart. `time` is the "
         "median, `+-` half the range of the middle half of the samples, `x` how many times longer than pykernels it took. "
         "`compile` counts tracing, lowering, compiling and the wait for machine code. `memory` is what XLA allocates beside "
         "inputs and results; of other programs, the growth of the process. `error` is the distance from the reference, of "

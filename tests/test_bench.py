@@ -78,7 +78,9 @@ def measured(rival: rivals.Rival) -> results.Report:
         "problems", "Lorenz", LANES, cases.PROBLEMS["Lorenz"](LANES), True, (RIGHT, rival.name)
     )
     right = rivals.Rival(RIGHT, lambda problem, gradient: program())
-    report.measure(entry, made, lambda: 600.0, {}, {}, {RIGHT: right, rival.name: rival})
+    report.sample(
+        report.measure(entry, made, lambda: 600.0, {}, {}, {RIGHT: right, rival.name: rival}), True, 600.0
+    )
     return made
 
 
@@ -204,7 +206,7 @@ def test_quick_report(tmp_path: Path) -> None:
     assert not made.wrong and {"cpu", "commit", "jax", "pykernels"} <= set(made.setting)
     assert {row.section for row in made.rows} >= {"ensemble size", "work and precision", "steps", "problems"}
     for one in made.rows:
-        assert one.seconds > 0 and len(one.samples) == 3 and one.error is not None
+        assert one.seconds > 0 and len(one.samples) == 4 and one.error is not None
         assert (one.gradient_error is not None) == (one.kind == "gradient")
     page = (tmp_path / "report.md").read_text()
     for name in figures.FIGURES:
