@@ -18,7 +18,7 @@ TITLES = {
     "problems": "Other problems",
     "limits": "Where others are faster, or may be",
     "state size": "State size: reaction and diffusion on one ring of 1 to 1,048,576 sites",
-    "plane": "Two dimensions: a Brusselator on one grid of 1,024 to 262,144 sites",
+    "plane": "Two dimensions: a Brusselator on one grid of 1,024 to 131,072 sites",
     "devices": "Several devices: one ensemble, split by `shard_map`",
 }
 WHAT = {"steps": "steps", "work and precision": "tolerance", "state size": "sites", "plane": "sites"}
@@ -71,8 +71,8 @@ def intro(report: Report) -> str:
         f"{versions}, Python {python}; {cpu}, {cores} cores, load {load} at the start, commit {commit}; "
         f"{report.seconds:.0f} s for all of it.\n\n"
         "Every row is of a program whose states, and gradient, agree with a reference: SciPy's DOP853 at 1e-12 with its "
-        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns, in two rounds some minutes apart. `time` is the "
-        "median, `+-` half the range of the middle half of the samples, `x` how many times longer than pykernels it took. "
+        "adjoint equation; what did not has no row. Programs of one table ran in one process, in turns, in two rounds some "
+        "minutes apart. `time` is the median, `+-` half the range of the middle half of the samples, `x` how many times longer than pykernels it took. "
         "`compile` counts tracing, lowering, compiling and the wait for machine code. `memory` is what XLA allocates beside "
         "inputs and results; of other programs, the growth of the process. `error` is the distance from the reference, of "
         "its largest value, in the states or the gradient, whichever is larger. `evaluations` of the field are those of the "
