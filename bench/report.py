@@ -204,6 +204,7 @@ def run(
     usual: dict[str, float] = {}
     ended: dict[Series, str] = {}
     entered: list[tuple[Entry, list[Made]]] = []
+    sampling = 0.0
 
     def left() -> float:
         return budget - (time.perf_counter() - started)
@@ -214,9 +215,8 @@ def run(
             continue
 
         # As much time as the first rounds have taken is kept for the second ones.
-        sampled = sum(sum(row.samples) for _, right in entered for row, _, _ in right)
-        right = measure(entry, report, lambda kept=sampled: left() - kept, usual, ended, rivals)
-        sample(right, report.quick, left())
+        right = measure(entry, report, lambda kept=sampling: left() - kept, usual, ended, rivals)
+        sampling += timed(lambda right=right: sample(right, report.quick, left()))[0]
         entered.append((entry, right))
         report.seconds = round(time.perf_counter() - started, 1)
         write(report, folder / "report.json")
