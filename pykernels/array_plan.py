@@ -300,9 +300,7 @@ class _System:
         return [self.passes.save(b, slot, p) for b, p in zip(buffers, y, strict=True)]
 
     def restore(self, buffers: Sequence[Array], slot: Array) -> Pieces:
-        """The states of a slot, or those of each row's own."""
-        if slot.ndim:
-            return [b[slot, jnp.arange(self.rows)] for b in buffers]
+        """The states of a slot, or of each row's own."""
         return [self.passes.restore(b, slot) for b in buffers]
 
     def buffers(self, slots: int) -> list[Array]:
