@@ -1,10 +1,14 @@
 """The lanes plan against the array plan, from which `solve.py` takes the sizes at which it changes over.
 
     python bench/plans.py [--fields perceptron ring] [--rows 1 256]        (some minutes)
+    python bench/plans.py --layouts                                        a minute
 
 Per field and number of trajectories: operations of one evaluation and state elements; for either plan the median run of the
 forward solve and of the gradient, and the gradient's compile time (tracing and machine code included); which plan is faster,
 and the default's choice. Runs alternate between the plans.
+
+Layouts: fields of products with shared matrices in the array plan, with the trajectories' axis first and last, from which
+`array_plan.py` takes the sizes at which it changes over.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pykernels as pk
+from pykernels import array_plan
 
 STEPS = 20
 PLANS = ("lanes", "array")
@@ -35,24 +40,29 @@ class Field(NamedTuple):
     args: Any
 
 
-def perceptron(width: int, rows: int) -> Field:
-    """A neural field 2-width-width-2 with shared weights."""
+def layers(widths: tuple[int, ...], rows: int) -> Field:
+    """A neural field with shared weights."""
     rng = np.random.default_rng(0)
-    layers = [
+    weights = [
         (
             jnp.asarray(rng.normal(size=(b, a)) / np.sqrt(a), jnp.float32),
             jnp.asarray(0.1 * rng.normal(size=b), jnp.float32),
         )
-        for a, b in itertools.pairwise((2, width, width, 2))
+        for a, b in itertools.pairwise(widths)
     ]
 
-    def field(t, y, layers):
-        *hidden, (w, b) = layers
+    def field(t, y, weights):
+        *hidden, (w, b) = weights
         for matrix, bias in hidden:
             y = jnp.tanh(matrix @ y + bias)
         return w @ y + b
 
-    return Field(field, jnp.asarray(rng.normal(size=(rows, 2)), jnp.float32), layers)
+    return Field(field, jnp.asarray(rng.normal(size=(rows, widths[0])), jnp.float32), weights)
+
+
+def perceptron(width: int, rows: int) -> Field:
+    """2-width-width-2."""
+    return layers((2, width, width, 2), rows)
 
 
 def ring(cells: int, rows: int) -> Field:
@@ -113,6 +123,32 @@ def medians(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
     return [statistics.median(taken) for taken in samples]
 
 
+WIDTHS = ((2, 16, 2), (2, 64, 64, 2), (8, 32, 8), (16, 16), (64, 64))
+
+
+def layouts() -> None:
+    """Rows first over rows last, at sizes around the limits."""
+    print("| layers | trajectories | forward, first / last | gradient, first / last | choice |")
+    print("| --- " * 5 + "|")
+    usual = array_plan.NARROW, array_plan.MANY_ROWS
+    for widths, rows in itertools.product(WIDTHS, (8, 32, 64, 256, 2048)):
+        case, calls = layers(widths, rows), []
+        for narrow, many in ((0, 1), (widths[0], 1)):
+            array_plan.NARROW, array_plan.MANY_ROWS = narrow, many
+            jax.clear_caches()
+            forward, gradient, _ = programs(case, "array")
+            # Compiled while these limits hold.
+            made = [f.lower(case.y0s, case.args).compile() for f in (forward, gradient)]
+            calls += [functools.partial(f, case.y0s, case.args) for f in made]
+        array_plan.NARROW, array_plan.MANY_ROWS = usual
+        times = medians(calls, 7)
+        choice = "last" if widths[0] <= usual[0] and rows >= usual[1] else "first"
+        print(
+            f"| {'-'.join(map(str, widths))} | {rows} | {times[0] / times[2]:.2f} | {times[1] / times[3]:.2f} | {choice} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,7 +158,10 @@ def main() -> None:
     parser.add_argument(
         "--most-operations", type=int, default=20_000, help="of the lanes plan: it takes long to compile"
     )
+    parser.add_argument("--layouts", action="store_true", help="of the array plan, instead")
     arguments = parser.parse_args()
+    if arguments.layouts:
+        return layouts()
     print(
         "| field | trajectories | operations | elements | forward lanes / array ms | gradient lanes / array ms | compile s |"
         " faster | choice |"

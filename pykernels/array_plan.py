@@ -48,7 +48,7 @@ Optional = Any  # a vector over rows, or None where it is not needed
 EVERY_STATE_BYTES = 128 * 2**10
 EVERY_STATE_BYTES_IN_ALL = 64 * 2**20
 # From so many rows of at most so many columns on, the field is evaluated with the rows last (see `_narrow_lift`); measured
-# with `bench/plans.py`.
+# with `bench/plans.py --layouts`.
 MANY_ROWS = 64
 NARROW = 8
 # Beyond so many bytes more levels of replay take the place of more states.

@@ -215,6 +215,19 @@ def test_quick_report(tmp_path: Path) -> None:
     assert bench("compare", path, path) == ""
 
 
+@pytest.mark.parametrize("name", ["Lorenz", "Lotka-Volterra", "SIR", "Kepler", "stiff"])
+def test_fields_written_again_are_the_registered_ones(name: str) -> None:
+    """Solved by others, with gradients where a field comes with its pullback."""
+    problem = cases.PROBLEMS[name](4)
+    for rival, gradient in (("SciPy", False), ("C++ by hand", False), ("C++ by hand", True)):
+        if rivals.RIVALS[rival].enters(problem, gradient):
+            try:
+                made = rivals.RIVALS[rival].build(problem, gradient)
+            except rivals.Unavailable:  # no compiler
+                continue
+            assert reference.errors(problem, made.run())[2] is None, (rival, gradient)
+
+
 @pytest.mark.parametrize("name", cases.PROBLEMS)
 def test_registered_problems(name: str) -> None:
     """Every size has its inputs, and one field function is not used twice."""
